@@ -1,0 +1,243 @@
+"""The write engine: copy-on-write, zeroing and discarding for every format.
+
+One lock is held at a time, for one stretch of the mapping, so that locks cannot wait for each other in a circle.
+After a lock is taken the mapping is asked again: it may have changed while waiting.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from nbdserve.block.chain import NEEDS_TABLE, resolve
+from nbdserve.block.pieces import zero_pieces
+from nbdserve.errors import RequestError
+from nbdserve.extents import DATA, ZERO, Run
+from nbdserve.formats.base import Allocation
+from nbdserve.formats.probe import format_of
+from nbdserve.storage.base import ReadBuffer
+from nbdserve.units import KIB, MIB, SECTOR_SIZE, align_down, align_up
+
+if TYPE_CHECKING:
+    from nbdserve.block.node import Node
+
+_STRETCH: Final = 256 * MIB
+"""The longest range of the mapping that is changed under one lock and in one turn of the event loop."""
+_ZERO_BY_STORAGE: Final = 64 * KIB
+"""Zeroes shorter than this are written along with the data; longer ones are left to fallocate."""
+_ZERO_WRITE: Final = MIB
+
+
+async def write(node: Node, offset: int, data: memoryview) -> None:
+    """Write ``data``, allocating and filling clusters where there are none to overwrite."""
+    if node.guard_probed_raw and offset < SECTOR_SIZE:
+        head = data[: SECTOR_SIZE - offset]
+        await _write_guarded(node, offset, head)
+        offset, data = offset + len(head), data[len(head) :]
+    if node.detect_zeroes != "off" and is_zero(data):
+        await zero(node, offset, len(data), unmap=node.detect_zeroes == "unmap" and node.unmap)
+        return
+    position, total = 0, len(data)
+    while position < total:
+        at = offset + position
+        kind, length, _ = await _lookup_writable(node, at, total - position)
+        part = data[position : position + length]
+        if kind == DATA:
+            position += await _overwrite(node, at, part)
+        else:
+            position += await _write_new(node, at, part)
+
+
+async def _lookup_writable(node: Node, offset: int, length: int) -> Run:
+    while (run := node.top.lookup_writable(offset, length)) is None:
+        await node.top.load(offset)
+    return run
+
+
+async def _overwrite(node: Node, offset: int, data: memoryview) -> int:
+    async with node.locks.shared(offset, offset + len(data)):
+        kind, length, host_offset = await _lookup_writable(node, offset, len(data))
+        if kind != DATA:
+            return 0
+        await node.data.write(host_offset, data[:length])
+        return length
+
+
+async def _write_new(node: Node, offset: int, data: memoryview) -> int:
+    """Write the start of ``data`` to newly allocated space; the bytes written (0: the mapping changed, look again)."""
+    top = node.top
+    end = offset + len(data)
+    async with node.locks.exclusive(align_down(offset, top.cluster_size), align_up(end, top.cluster_size)):
+        kind, length, _ = await _lookup_writable(node, offset, len(data))
+        if kind == DATA:
+            return 0
+        end = offset + length
+        start = align_down(offset, top.granularity)
+        wanted = align_up(end, top.granularity) - start
+        while (allocation := top.allocate(start, wanted)) is None:
+            await top.prepare(start, wanted)
+        end = min(end, start + allocation.length)
+        try:
+            await node.data.write_all(await _content(node, allocation, offset, data[: end - offset]))
+        except Exception:
+            # A cancelled write may still be under way in a worker thread: its space is then leaked, never reused.
+            top.abandon(allocation)
+            raise
+        top.publish(allocation)
+        return end - offset
+
+
+async def _content(node: Node, allocation: Allocation, offset: int, data: memoryview) -> list[tuple[int, ReadBuffer]]:
+    """What is to be written to the host for ``data`` and, around it, what its clusters read as so far.
+
+    A sector that ``data`` covers in part is one piece: were it written in two, and the host space is still mapped on
+    disk (a zeroed cluster that kept its space), a crash in between would show a mixture.
+    """
+    end = offset + len(data)
+    start, stop = allocation.offset, allocation.offset + allocation.length
+    first, last = max(start, align_down(offset, SECTOR_SIZE)), min(stop, align_up(end, SECTOR_SIZE))
+    sectors: ReadBuffer = data
+    if first < offset or end < last:
+        sectors = b"".join((await _old_bytes(node, first, offset), data, await _old_bytes(node, end, last)))
+    pieces: list[tuple[int, ReadBuffer]] = [(allocation.host_offset + first - start, sectors)]
+    await _fill(node, allocation, start, first, pieces)
+    await _fill(node, allocation, last, stop, pieces)
+    return pieces
+
+
+async def _old_bytes(node: Node, start: int, end: int) -> bytearray:
+    """What the guest range reads as; past the end of the disk zeroes, so that nothing stale appears when it grows."""
+    old = bytearray(end - start)
+    inside = min(end, node.size) - start
+    if inside > 0:
+        zero_pieces(memoryview(old), await node.read_pieces_locked(start, memoryview(old)[:inside]))
+    return old
+
+
+async def _fill(node: Node, allocation: Allocation, start: int, end: int, pieces: list[tuple[int, ReadBuffer]]) -> None:
+    """Make the part of ``allocation`` behind the guest range hold what that reads as: add to ``pieces``, or zero it."""
+    if start == end:
+        return
+    host_offset = allocation.host_offset + start - allocation.offset
+    inside = min(end, node.size) - start
+    if inside > 0 and not await _reads_zero(node, start, inside):
+        pieces.append((host_offset, await _old_bytes(node, start, end)))
+    elif not allocation.zeroed:
+        if end - start < _ZERO_BY_STORAGE:
+            pieces.append((host_offset, bytes(end - start)))
+        else:
+            await node.data.zero(host_offset, end - start)
+
+
+async def _reads_zero(node: Node, offset: int, length: int) -> bool:
+    """Whether the mapping alone tells that the range reads as zeroes."""
+    end = offset + length
+    while offset < end:
+        kind, length, index, _ = resolve(node.layers, offset, end - offset)
+        if kind == NEEDS_TABLE:
+            await node.layers[index].load(offset)
+        elif kind == ZERO:
+            offset += length
+        else:
+            return False
+    return True
+
+
+async def zero(node: Node, offset: int, length: int, *, unmap: bool, fast: bool = False) -> None:
+    """Make the range read as zeroes: in the mapping where the format can, else in place, else by writing."""
+    if node.guard_probed_raw and offset < SECTOR_SIZE and length:
+        head = min(length, SECTOR_SIZE - offset)
+        # Sector 0 comes last, so that a fast zero that is refused has left everything as it was.
+        await zero(node, offset + head, length - head, unmap=unmap, fast=fast)
+        await _write_guarded(node, offset, memoryview(bytes(head)))
+        return
+    end = offset + length
+    top = node.top
+    if fast and not top.zeroes_fast:
+        raise OSError(errno.ENOTSUP, "the image cannot be zeroed faster than it is written")
+    while offset < end:
+        start = align_up(offset, top.granularity)
+        stop = end if end == node.size else align_down(end, top.granularity)
+        if start > offset or stop <= start:
+            part = min(start if start > offset else end, end) - offset
+            await _zero_part(node, offset, part, unmap=unmap, fast=False)
+            offset += part
+            continue
+        stop = min(stop, start + _STRETCH)
+        async with node.locks.exclusive(align_down(start, top.cluster_size), align_up(stop, top.cluster_size)):
+            while (done := top.zero(start, stop - start, unmap=unmap)) is None:
+                await top.load(start)
+        if not done:
+            done = min(stop - start, _STRETCH)
+            await _zero_part(node, start, done, unmap=unmap, fast=fast)
+        offset = start + done
+
+
+async def _zero_part(node: Node, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
+    """Zero a range the format has no metadata for: in place, skipping what reads as zeroes already."""
+    end = offset + length
+    while offset < end:
+        async with node.locks.shared(offset, end):
+            kind, length, host_offset = await _lookup_writable(node, offset, end - offset)
+            if kind == DATA:
+                await node.data.zero(host_offset, length, unmap=unmap, fast=fast)
+                offset += length
+                continue
+            length = min(length, _ZERO_WRITE)
+            if await _reads_zero(node, offset, length):
+                offset += length
+                continue
+        length = await _write_new(node, offset, memoryview(bytes(length)))
+        offset += length
+
+
+async def discard(node: Node, offset: int, length: int) -> None:
+    """Release what the format can release of the range; the rest keeps its content."""
+    top = node.top
+    end = offset + length
+    if node.guard_probed_raw:
+        offset = max(offset, SECTOR_SIZE)  # zeroes can complete a header, and a discard may be refused silently
+    offset = align_up(offset, top.granularity)
+    if end < node.size:
+        end = align_down(end, top.granularity)
+    while offset < end:
+        stop = min(end, offset + _STRETCH)
+        async with node.locks.exclusive(align_down(offset, top.cluster_size), align_up(stop, top.cluster_size)):
+            if top.can("discard"):
+                while (done := top.discard(offset, stop - offset)) is None:
+                    await top.load(offset)
+            else:
+                kind, done, host_offset = await _lookup_writable(node, offset, stop - offset)
+                if kind == DATA:
+                    await node.data.discard(host_offset, done)
+        if not done:
+            return
+        offset += done
+
+
+def is_zero(data: memoryview) -> bool:
+    """Whether every byte of ``data`` is zero; 20 GB/s, and the first nonzero sector usually decides."""
+    if any(data[:16]):
+        return False
+    return not np.frombuffer(data, np.uint8).any()
+
+
+async def _write_guarded(node: Node, offset: int, data: memoryview) -> None:
+    """Write to sector 0 of a *probed* raw image, which must not turn into another format.
+
+    The next probe would follow whatever header the guest had written there (CVE-2013-1922 and its kin).
+    """
+    async with node.locks.exclusive(0, SECTOR_SIZE):
+        sector = bytearray(SECTOR_SIZE)
+        await node.read_pieces_locked(0, memoryview(sector)[: min(SECTOR_SIZE, node.size)])
+        sector[offset : offset + len(data)] = data
+        if (found := format_of(sector)) != "raw":
+            raise RequestError(
+                errno.EPERM,
+                f"{node.path}: its format was probed as raw, so a {found} header cannot be written to sector 0 "
+                "(serve it with an explicit -f raw)",
+            )
+        _, _, host_offset = await _lookup_writable(node, offset, len(data))
+        await node.data.write(host_offset, data)

@@ -1,0 +1,45 @@
+"""What the user asks to open: one value whatever it was written in (command line, ``json:``, configuration)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+CACHE_MODES: Final = ("none", "writeback", "unsafe", "directsync", "writethrough")
+DISCARD_MODES: Final = ("ignore", "unmap")
+DETECT_ZEROES_MODES: Final = ("off", "on", "unmap")
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSpec:
+    """An image and how to open it; the fields have the names and meanings of qemu-nbd's options."""
+
+    path: str
+    format: str | None = None
+    """None: the user gave none, and the file is probed. A format a header should declare is never probed."""
+    read_only: bool = False
+    snapshot: str | None = None
+    """Serve this internal snapshot (id or name), read-only."""
+    offset: int = 0
+    """Raw only: where the disk begins in the file, bytes."""
+    size: int | None = None
+    """Raw only: the length of the disk, bytes; None: up to the end of the file."""
+    cache: str = "writeback"
+    discard: str = "ignore"
+    detect_zeroes: str = "off"
+    backing: BackingSpec = "header"
+    """``"header"``: the file the image's header names; None: none, whatever the header says; a spec: this one."""
+    data_file: ImageSpec | None = None
+    """The external data file, instead of the one the image's header names."""
+    force_share: bool = False
+    """Open although another process may be writing it (qemu-img ``-U``); the view is then not consistent."""
+    overlay: bool = False
+    """Writes go to a temporary overlay that is dropped at the end (qemu-nbd ``--snapshot``)."""
+
+    @property
+    def writethrough(self) -> bool:
+        """Every write is stable before its reply."""
+        return self.cache in {"directsync", "writethrough"}
+
+
+BackingSpec: TypeAlias = "ImageSpec | Literal['header'] | None"

@@ -1,0 +1,22 @@
+"""``nbdserve image``: making and looking at image files, with qemu-img's names, units and exit codes."""
+
+from __future__ import annotations
+
+import typer
+
+from nbdserve.cli.image.check import check
+from nbdserve.cli.image.create import create
+from nbdserve.cli.image.info import info
+from nbdserve.cli.image.map import map_image
+
+app = typer.Typer(
+    name="image",
+    help="Make and look at image files, with qemu-img's options and exit codes.",
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("create")(create)
+app.command("info")(info)
+app.command("map")(map_image)
+app.command("check")(check)

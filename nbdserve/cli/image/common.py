@@ -1,0 +1,78 @@
+"""What the image commands have in common: their options, opening one layer, printing JSON."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+from nbdserve.formats.base import FormatDriver
+from nbdserve.formats.probe import probe
+from nbdserve.formats.registry import driver_for
+from nbdserve.storage.base import Storage
+from nbdserve.storage.file import FileStorage
+from nbdserve.storage.roots import ImageRoots
+
+
+class Output(StrEnum):
+    """How results are printed."""
+
+    HUMAN = "human"
+    JSON = "json"
+
+
+FileArgument: TypeAlias = Annotated[str, typer.Argument(metavar="FILE", help="The image.", show_default=False)]
+FormatOption: TypeAlias = Annotated[
+    str | None, typer.Option("-f", metavar="FMT", help="Its format. Default: probed.", show_default=False)
+]
+OutputOption: TypeAlias = Annotated[Output, typer.Option("--output", help="How to print.")]
+ForceShareOption: TypeAlias = Annotated[
+    bool, typer.Option("--force-share", "-U", help="Open it although another process may be writing it.")
+]
+RootsOption: TypeAlias = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--image-root",
+        metavar="DIR",
+        help="Open the files that image headers name below this directory; may be repeated. "
+        "Default: the directory of the image.",
+        show_default=False,
+    ),
+]
+
+
+def roots_for(path: str, given: list[Path] | None) -> ImageRoots:
+    """The directories in which files named by headers may be."""
+    return ImageRoots(given) if given else ImageRoots.of_image(path)
+
+
+async def open_layer(
+    path: str, format_name: str | None, *, writable: bool = False, force_share: bool = False
+) -> FormatDriver:
+    """One image file by itself: nothing its header names is opened. The driver is read-only in any case."""
+    storage = await FileStorage.open(path, read_only=not writable, force_share=force_share)
+    return await open_layer_on(storage, format_name)
+
+
+async def open_layer_on(storage: Storage, format_name: str | None) -> FormatDriver:
+    """``open_layer`` on an open file, which is closed when this fails."""
+    try:
+        # The mapping and the metadata are all that is looked at, so an external data file may stay closed.
+        options = {"data_file_storage": storage}
+        return await driver_for(format_name or await probe(storage)).open(storage, options, read_only=True)
+    except BaseException:
+        await storage.close()
+        raise
+
+
+def full_name(image: str, named: str) -> str:
+    """The file a header calls ``named``: relative names begin at the directory of ``image``."""
+    return named if named.startswith("/") else image[: image.rfind("/") + 1] + named
+
+
+def print_json(value: Any) -> None:
+    """``value`` as qemu-img lays it out."""
+    print(json.dumps(value, indent=4, ensure_ascii=False))

@@ -1,0 +1,209 @@
+"""``nbdserve image create``."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import struct
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from nbdserve.block.graph import open_image
+from nbdserve.block.spec import ImageSpec
+from nbdserve.cli.image.common import full_name
+from nbdserve.cli.usage import UsageError
+from nbdserve.errors import ConfigError
+from nbdserve.formats.base import FormatDriver
+from nbdserve.formats.qcow2.create import plan_image
+from nbdserve.formats.registry import driver_for
+from nbdserve.storage.file import FileStorage, sync_parent
+from nbdserve.storage.memory import MemoryStorage
+from nbdserve.units import SECTOR_SIZE, align_up, parse_size
+
+_FS_IOC_GETFLAGS: Final = 0x80086601
+_FS_IOC_SETFLAGS: Final = 0x40086602
+_FS_NOCOW_FL: Final = 0x00800000
+
+
+def create(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The image to make.", show_default=False)] = "",
+    size: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[SIZE]", help="Bytes, or with K, M, G, T. Default: the backing file's.", show_default=False
+        ),
+    ] = None,
+    format_name: Annotated[str, typer.Option("-f", metavar="FMT", help="Its format.")] = "raw",
+    backing: Annotated[
+        str | None, typer.Option("-b", metavar="BACKING", help="The backing file.", show_default=False)
+    ] = None,
+    backing_format: Annotated[
+        str | None, typer.Option("-F", metavar="FMT", help="The format of the backing file.", show_default=False)
+    ] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-o", metavar="NAME=VALUE,...", help="Options of the format; `-o help` lists them.", show_default=False
+        ),
+    ] = None,
+    unchecked: Annotated[bool, typer.Option("-u", help="Do not open the backing file.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+) -> int:
+    """Make an image. A file that is there is replaced, unless it is in use."""
+    driver = driver_for(format_name)
+    chosen = parse_option_list(options or [])
+    if chosen is None:
+        print(_options_help(driver), end="")
+        return 0
+    if not file:
+        raise UsageError("Expecting image file name")
+    if backing is not None:
+        chosen["backing_file"] = backing
+    if backing_format is not None:
+        chosen["backing_fmt"] = backing_format
+    asyncio.run(_create(driver, file, size, chosen, unchecked=unchecked, quiet=quiet))
+    return 0
+
+
+def parse_option_list(texts: list[str]) -> dict[str, str] | None:
+    """The options of every ``-o``: ``name=value`` with commas between, a comma in a value doubled; a name alone is on.
+
+    None where help is asked for.
+    """
+    options: dict[str, str] = {}
+    for text in texts:
+        for part in text.replace(",,", "\0").split(","):
+            item = part.replace("\0", ",")
+            if item in ("help", "?"):
+                return None
+            name, equals, value = item.partition("=")
+            if not name:
+                raise UsageError(f"-o {text}: an option without a name")
+            options[name] = value if equals else "on"
+    return options
+
+
+def _options_help(driver: type[FormatDriver]) -> str:
+    lines = [f"Supported {driver.name} options:"]
+    for option in driver.create_options:
+        default = f" (default: {option.default})" if option.default else ""
+        lines.append(f"  {option.name + '=<...>':<28} - {option.help}{default}")
+    return "\n".join(lines) + "\n"
+
+
+async def _create(
+    driver: type[FormatDriver], file: str, size: str | None, options: dict[str, str], *, unchecked: bool, quiet: bool
+) -> None:
+    _check_names(driver, options)
+    if "size" in options and size is not None:
+        raise ConfigError(f"{file}: The image size must be specified only once")
+    wanted = options.pop("size", size)
+    backing = options.get("backing_file")
+    if backing is not None and options.get("backing_fmt") is None:
+        raise ConfigError(f"{file}: Backing file specified without backing format (-F)")
+    if backing is None and "backing_fmt" in options:
+        raise ConfigError(f"{file}: Backing format cannot be used without backing file (-b)")
+    backing_size = None
+    if backing is not None:
+        _refuse_same(file, full_name(file, backing), "backing file")
+        if not unchecked:
+            backing_size = await _size_of(full_name(file, backing), options["backing_fmt"])
+    length = _size(file, wanted, backing_size)
+    if "data_file" in options:
+        _refuse_same(file, full_name(file, options["data_file"]), "data file")
+    # Whatever is wrong with the options is found before a file is touched.
+    if driver.name == "qcow2":
+        plan_image(length, options)
+    else:
+        await driver.create(MemoryStorage(), 0, options)
+    if not quiet:
+        shown = " ".join(f"{name}={value}" for name, value in options.items())
+        print(f"Formatting '{file}', fmt={driver.name} size={length} {shown}".rstrip())
+    await _write(driver, file, length, options)
+
+
+def _check_names(driver: type[FormatDriver], options: dict[str, str]) -> None:
+    known = {option.name for option in driver.create_options}
+    for name in options:
+        if name in ("backing_file", "backing_fmt") and name not in known:
+            raise ConfigError(f"{driver.name} images have no backing file")
+        if name not in known:
+            raise ConfigError(f"unknown {driver.name} option {name!r}: `-o help` lists the options there are")
+
+
+def _size(file: str, wanted: str | None, backing_size: int | None) -> int:
+    if wanted is None:
+        if backing_size is None:
+            raise ConfigError(f"{file}: Image creation needs a size parameter")
+        return backing_size
+    try:
+        return align_up(parse_size(wanted), SECTOR_SIZE)
+    except ValueError as error:
+        raise ConfigError(f"Invalid image size specified: {error}") from None
+
+
+async def _size_of(path: str, format_name: str) -> int:
+    """The virtual size of the backing file, which the user named, alone: what its header names stays closed."""
+    node = await open_image(ImageSpec(path, format_name, read_only=True, backing=None, force_share=True))
+    try:
+        return node.size
+    finally:
+        await node.close()
+
+
+def _refuse_same(file: str, other: str, what: str) -> None:
+    if os.path.realpath(file) == os.path.realpath(other):
+        raise ConfigError(f"{file}: the image and its {what} are the same file")
+
+
+async def _write(driver: type[FormatDriver], file: str, size: int, options: dict[str, str]) -> None:
+    """Make the files; those that were not there before are removed again when it fails."""
+    data_name = options.get("data_file")
+    paths = [file] + ([full_name(file, data_name)] if data_name else [])
+    made = _missing(paths)
+    if options.get("nocow") in ("on", "yes", "true", "y"):
+        for path in paths:
+            _turn_off_cow(path)
+    storages: list[FileStorage] = []
+    try:
+        for path in paths:
+            storages.append(await FileStorage.open(path, create=True))
+        resources = {"data_file_storage": storages[1]} if data_name else {}
+        await driver.create(storages[0], size, options, **resources)
+        for path in made:
+            await sync_parent(path)
+    except BaseException:
+        _remove(made)
+        raise
+    finally:
+        for storage in storages:
+            await storage.close()
+
+
+def _missing(paths: list[str]) -> list[str]:
+    return [path for path in paths if not os.path.lexists(path)]
+
+
+def _remove(paths: list[str]) -> None:
+    for path in paths:
+        Path(path).unlink(missing_ok=True)
+
+
+def _turn_off_cow(path: str) -> None:
+    """Set the NOCOW attribute on a new or empty file; only btrfs has it, and elsewhere it does nothing."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:
+        return
+    try:
+        flags = struct.unpack("i", fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(4)))[0]
+        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("i", flags | _FS_NOCOW_FL))
+    except OSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    finally:
+        os.close(fd)

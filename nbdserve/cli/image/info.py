@@ -1,0 +1,230 @@
+"""``nbdserve image info``."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from nbdserve.block.graph import MAX_CHAIN_DEPTH
+from nbdserve.cli.image.common import (
+    FileArgument,
+    ForceShareOption,
+    FormatOption,
+    Output,
+    OutputOption,
+    RootsOption,
+    full_name,
+    open_layer,
+    open_layer_on,
+    print_json,
+    roots_for,
+)
+from nbdserve.errors import ImageError
+from nbdserve.formats.base import FormatDriver, ImageInfo, SnapshotInfo
+from nbdserve.formats.qcow2.bitmap_directory import FLAG_NAMES, read_bitmap_directory
+from nbdserve.formats.qcow2.driver import Qcow2Driver
+from nbdserve.storage.file import FileStorage
+from nbdserve.units import format_size
+
+_NSEC: Final = 1_000_000_000
+_ORDER: Final = (
+    "compat",
+    "compression-type",
+    "lazy-refcounts",
+    "bitmaps",
+    "refcount-bits",
+    "data-file",
+    "data-file-raw",
+    "corrupt",
+    "extended-l2",
+)
+"""In which qemu-img prints what is particular to qcow2."""
+
+
+@dataclass(slots=True)
+class Layer:
+    """One image of a chain: its name, and what is known of it."""
+
+    path: str
+    info: ImageInfo
+    disk_size: int
+    """Bytes of disk space the file uses."""
+
+
+def info(
+    file: FileArgument,
+    format_name: FormatOption = None,
+    backing_chain: Annotated[
+        bool, typer.Option("--backing-chain", help="The files below it as well, as the headers name them.")
+    ] = False,
+    force_share: ForceShareOption = False,
+    output: OutputOption = Output.HUMAN,
+    image_root: RootsOption = None,
+) -> int:
+    """Print what an image is: format, sizes, backing file, snapshots. Opens nothing that its header names."""
+    layers = asyncio.run(_collect(file, format_name, backing_chain, force_share, image_root))
+    if output is Output.JSON:
+        objects = [as_json(layer) for layer in layers]
+        print_json(objects if backing_chain else objects[0])
+    else:
+        print("\n".join(as_text(layer) for layer in layers), end="")
+    return 0
+
+
+async def _collect(
+    file: str, format_name: str | None, backing_chain: bool, force_share: bool, image_root: list[Path] | None
+) -> list[Layer]:
+    roots = roots_for(file, image_root)
+    layers: list[Layer] = []
+    seen: set[object] = set()
+    driver = await open_layer(file, format_name, force_share=force_share)
+    path = file
+    while True:
+        identity = getattr(driver.storage, "identity", None)
+        if identity in seen:
+            await driver.storage.close()
+            raise ImageError(path, "the chain loops: this file is already a layer of it", field="backing file")
+        seen.add(identity)
+        layers.append(await _describe(driver, path))
+        backing = layers[-1].info.backing
+        if not backing_chain or backing is None:
+            return layers
+        if backing.format is None:
+            raise ImageError(path, "the header declares no format for it", field="backing file", value=backing.name)
+        if len(seen) >= MAX_CHAIN_DEPTH:
+            raise ImageError(
+                file, f"the chain has more than {MAX_CHAIN_DEPTH} layers", field="backing file", value=path
+            )
+        fd = roots.open_beneath(backing.name, relative_to=path, flags=os.O_RDONLY | os.O_CLOEXEC)
+        path = full_name(path, backing.name)
+        driver = await open_layer_on(await FileStorage.from_fd(fd, path, force_share=force_share), backing.format)
+
+
+async def _describe(driver: FormatDriver, path: str) -> Layer:
+    try:
+        facts = driver.info()
+        if isinstance(driver, Qcow2Driver):
+            bitmaps = await read_bitmap_directory(driver.storage, driver.header)
+            if bitmaps:
+                facts.specific["bitmaps"] = [
+                    {
+                        "flags": [name for bit, name in enumerate(FLAG_NAMES) if bitmap.flags >> bit & 1],
+                        "name": bitmap.name,
+                        "granularity": bitmap.granularity,
+                    }
+                    for bitmap in bitmaps
+                ]
+        facts.specific = {key: facts.specific[key] for key in sorted(facts.specific, key=_position)}
+        return Layer(path, facts, driver.storage.allocated_size())
+    finally:
+        await driver.storage.close()
+
+
+def _position(key: str) -> int:
+    return _ORDER.index(key) if key in _ORDER else len(_ORDER)
+
+
+def as_json(layer: Layer) -> dict[str, Any]:
+    """The object qemu-img prints."""
+    facts = layer.info
+    result: dict[str, Any] = {
+        "virtual-size": facts.virtual_size,
+        "filename": layer.path,
+        "format": facts.format,
+        "actual-size": layer.disk_size,
+        "dirty-flag": facts.dirty,
+    }
+    if facts.cluster_size is not None:
+        result["cluster-size"] = facts.cluster_size
+    if facts.encrypted:
+        result["encrypted"] = True
+    if facts.specific:
+        result["format-specific"] = {"type": facts.format, "data": facts.specific}
+    if facts.backing is not None:
+        result["backing-filename"] = facts.backing.name
+        result["full-backing-filename"] = full_name(layer.path, facts.backing.name)
+        if facts.backing.format is not None:
+            result["backing-filename-format"] = facts.backing.format
+    if facts.snapshots:
+        result["snapshots"] = [_snapshot_json(snapshot) for snapshot in facts.snapshots]
+    return result
+
+
+def _snapshot_json(snapshot: SnapshotInfo) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "id": snapshot.id,
+        "name": snapshot.name,
+        "vm-state-size": snapshot.vm_state_size,
+        "date-sec": snapshot.date_sec,
+        "date-nsec": snapshot.date_nsec,
+        "vm-clock-sec": snapshot.vm_clock_nsec // _NSEC,
+        "vm-clock-nsec": snapshot.vm_clock_nsec % _NSEC,
+    }
+    return result if snapshot.icount is None else result | {"icount": snapshot.icount}
+
+
+def as_text(layer: Layer) -> str:
+    """The same for people, as qemu-img lays it out."""
+    facts = layer.info
+    lines = [
+        f"image: {layer.path}",
+        f"file format: {facts.format}",
+        f"virtual size: {format_size(facts.virtual_size)} ({facts.virtual_size} bytes)",
+        f"disk size: {format_size(layer.disk_size)}",
+    ]
+    if facts.encrypted:
+        lines.append("encrypted: yes")
+    if facts.cluster_size is not None:
+        lines.append(f"cluster_size: {facts.cluster_size}")
+    if facts.dirty:
+        lines.append("cleanly shut down: no")
+    if facts.backing is not None:
+        full = full_name(layer.path, facts.backing.name)
+        actual = f" (actual path: {full})" if full != facts.backing.name else ""
+        lines.append(f"backing file: {facts.backing.name}{actual}")
+        if facts.backing.format is not None:
+            lines.append(f"backing file format: {facts.backing.format}")
+    if facts.snapshots:
+        lines.append("Snapshot list:")
+        lines.append(_snapshot_row("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT"))
+        lines += [_snapshot_text(snapshot) for snapshot in facts.snapshots]
+    if facts.specific:
+        lines.append("Format specific information:")
+        lines += _specific_text(facts.specific, 1)
+    return "\n".join(lines) + "\n"
+
+
+def _snapshot_row(identifier: str, tag: str, size: str, date: str, clock: str, icount: str) -> str:
+    return f"{identifier:<10}{tag:<17}{size:>8}{date:>20}{clock:>13}{icount:>11}"
+
+
+def _snapshot_text(snapshot: SnapshotInfo) -> str:
+    seconds, rest = divmod(snapshot.vm_clock_nsec, _NSEC)
+    return _snapshot_row(
+        snapshot.id,
+        snapshot.name,
+        format_size(snapshot.vm_state_size),
+        datetime.fromtimestamp(snapshot.date_sec).strftime("%Y-%m-%d %H:%M:%S"),
+        f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}.{rest // 1_000_000:03}",
+        "" if snapshot.icount is None else str(snapshot.icount),
+    )
+
+
+def _specific_text(value: dict[str, Any] | list[Any], depth: int) -> list[str]:
+    indent = "    " * depth
+    items = value.items() if isinstance(value, dict) else ((f"[{number}]", item) for number, item in enumerate(value))
+    lines: list[str] = []
+    for key, item in items:
+        name = key.replace("-", " ")
+        if isinstance(item, dict | list):
+            lines.append(f"{indent}{name}:")
+            lines += _specific_text(item, depth + 1)
+        else:
+            lines.append(f"{indent}{name}: {str(item).lower() if isinstance(item, bool) else item}")
+    return lines

@@ -1,0 +1,232 @@
+"""The contract of a format driver: *what is at this guest offset, in your own layer?*
+
+A driver never loops over a request, never pads, never sees a backing file and never sees NBD; one shared engine
+(``nbdserve.block``) does that for every format. A driver defines what its format can do: ``open``, ``info`` and
+``lookup`` are required, and overriding one of the optional methods is what makes the capability true
+(``FormatDriver.can``).
+
+**Synchronous questions.** ``lookup``, ``lookup_writable``, ``allocate``, ``zero`` and ``discard`` are synchronous and
+work on tables in memory. ``None`` means a table they need is not there: ``await load(offset)`` (``prepare`` for
+``allocate``), then ask again.
+
+**Locks are the engine's.** ``allocate`` .. ``publish``, ``zero`` and ``discard`` are called with the range, widened to
+whole clusters, held exclusively: nothing else reads or writes these clusters through the engine meanwhile.
+
+**Order on disk.** The map in memory changes at once; the disk follows at ``flush``, in an order every crash survives:
+nothing on disk ever points at data or tables that are not stable.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+from nbdserve.extents import Run, RunStream
+from nbdserve.storage.base import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class BackingReference:
+    """The backing file as the image's header names it. Nothing is opened by a driver."""
+
+    name: str
+    format: str | None
+    """The declared format; None where the header has none (the engine then refuses: a format is never guessed)."""
+
+
+@dataclass(slots=True)
+class Allocation:
+    """Host space for the guest range ``[offset, offset + length)``, not yet visible to anyone."""
+
+    offset: int
+    length: int
+    host_offset: int
+    zeroed: bool
+    """The host range is known to read as zeroes, so parts that should be zero need no write."""
+    token: Any = None
+    """The driver's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class CreateOption:
+    """One ``-o name=value`` of ``image create``, with qemu-img's name and meaning."""
+
+    name: str
+    help: str
+    default: str = ""
+
+
+@dataclass(slots=True)
+class ImageInfo:
+    """What ``image info`` prints of one layer; ``specific`` has the keys of qemu-img's ``format-specific.data``."""
+
+    format: str
+    virtual_size: int
+    cluster_size: int | None = None
+    backing: BackingReference | None = None
+    dirty: bool = False
+    encrypted: bool = False
+    specific: dict[str, Any] = field(default_factory=dict)
+    snapshots: list[SnapshotInfo] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """An internal snapshot, with the fields of qemu-img's JSON."""
+
+    id: str
+    name: str
+    vm_state_size: int
+    date_sec: int
+    date_nsec: int
+    vm_clock_nsec: int
+    disk_size: int
+    icount: int | None = None
+
+
+@dataclass(slots=True)
+class CheckResult:
+    """What ``image check`` found; the fields are qemu-img's."""
+
+    image_end_offset: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+    corruptions: int = 0
+    leaks: int = 0
+    check_errors: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    messages: list[str] = field(default_factory=list)
+
+
+class FormatDriver(ABC):
+    """One open image layer."""
+
+    name: ClassVar[str]
+    """QEMU's format name."""
+    create_options: ClassVar[tuple[CreateOption, ...]] = ()
+
+    path: str
+    read_only: bool
+    size: int
+    """Virtual size in bytes."""
+    cluster_size: int
+    """The unit of allocation: the engine serialises changes of the mapping at this size. A power of two."""
+    granularity: int
+    """The unit of the mapping: ``allocate``, ``zero`` and ``discard`` act on multiples of it (less at the end of the
+    disk). Equal to ``cluster_size``, or smaller with subclusters."""
+    storage: Storage
+    """Where the metadata is."""
+    data: Storage
+    """What ``host_offset`` of DATA runs counts in; ``storage`` itself, or an external data file."""
+    backing: BackingReference | None = None
+    keeps_places: bool = False
+    """A host range of a DATA run never comes to hold other guest bytes while the image is open.
+
+    True of raw, and of whatever is open read-only."""
+    zeroes_fast: bool = False
+    """Zeroing this image is a change of metadata, or is left to its storage; no zeroes are written."""
+
+    @classmethod
+    @abstractmethod
+    async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
+        """Open the image on ``storage``; the driver owns it from here on (a failed open leaves it to the caller).
+
+        Options are the driver's runtime options (``data_file_storage``, ``snapshot``, raw's ``offset`` and ``size``).
+        Raises ImageError naming file, field and value; nothing is modified by a failed or a read-only open.
+        """
+
+    @classmethod
+    async def create(cls, storage: Storage, size: int, options: Mapping[str, str], **resources: Any) -> None:
+        """Make ``storage`` (empty) an image of ``size`` bytes.
+
+        Options are strings as after ``-o``; ConfigError names a bad one.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def info(self) -> ImageInfo:
+        """The facts of this layer."""
+
+    # --- the mapping ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def lookup(self, offset: int, length: int) -> Run | None:
+        """What this layer has at ``offset``, for at most ``length`` bytes (the caller keeps both inside ``size``)."""
+
+    async def load(self, offset: int) -> None:
+        """Bring the table ``lookup(offset)`` needs into memory. OSError, or RequestError(EIO) for a corrupt table."""
+
+    @abstractmethod
+    def iter_runs(self, start: int, end: int) -> RunStream:
+        """The mapping of ``[start, end)`` in large vectorised pieces; works on the tables as they are in memory."""
+
+    async def read_compressed(self, offset: int) -> bytes:
+        """The ``cluster_size`` uncompressed bytes of the COMPRESSED cluster that contains ``offset``."""
+        raise NotImplementedError
+
+    # --- changing it ---------------------------------------------------------------------------------------------
+
+    def lookup_writable(self, offset: int, length: int) -> Run | None:
+        """Where ``offset`` may be overwritten: ``(DATA, n, host_offset)`` in place, ``(UNALLOCATED, n, -1)``: allocate.
+
+        RequestError(EIO) where the mapping points into the image's own metadata.
+        """
+        raise NotImplementedError
+
+    def allocate(self, offset: int, length: int) -> Allocation | None:
+        """New host space for the start of ``[offset, offset + length)``, a multiple of ``granularity``; may cover less.
+
+        Invisible until ``publish``. The caller fills every byte of it that is not known to be right (``zeroed``).
+        OSError(ENOSPC) when the format cannot address more.
+        """
+        raise NotImplementedError
+
+    async def prepare(self, offset: int, length: int) -> None:
+        """Bring into memory what ``allocate`` needs."""
+
+    def publish(self, allocation: Allocation) -> None:
+        """The data is written: the guest range is now at the allocation. What was there before is released."""
+        raise NotImplementedError
+
+    def abandon(self, allocation: Allocation) -> None:
+        """The data could not be written: give the host space back."""
+        raise NotImplementedError
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> int | None:
+        """Map the start of the range (a multiple of ``granularity``) to zeroes; the bytes done, at least one unit.
+
+        With ``unmap`` host space is released, without it kept. 0: this layer cannot; the caller writes zeroes.
+        """
+        return 0
+
+    def discard(self, offset: int, length: int) -> int | None:
+        """Release the start of the range (a multiple of ``granularity``); the bytes done.
+
+        It never lets the content of a backing layer appear. 0: this layer cannot; nothing happens.
+        """
+        return 0
+
+    async def flush(self) -> None:
+        """All changes of the mapping published before this call, and the data behind them, are stable on return."""
+        await self.data.flush()
+
+    async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
+        """Compare the image's metadata with itself. Repairing needs a writable open."""
+        raise NotImplementedError
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Flush if writable, mark the image cleanly closed, and release the storages."""
+
+    # --- capabilities --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def can(cls, method: str) -> bool:
+        """Whether the driver defines the optional ``method`` (``"create"``, ``"allocate"``, ``"check"``, ...)."""
+        own, base = getattr(cls, method), getattr(FormatDriver, method)
+        return getattr(own, "__func__", own) is not getattr(base, "__func__", base)

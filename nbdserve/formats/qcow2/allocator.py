@@ -1,0 +1,196 @@
+"""Host clusters: finding free ones, and giving back what is no longer referred to.
+
+A cluster that lost a reference goes into quarantine: on disk something may still point at it. Once a commit has made
+that something disappear, ``release`` lowers the count in memory, and the cluster may be used again.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, NoReturn, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from nbdserve.formats.qcow2.layout import MAX_HOST_OFFSET
+from nbdserve.formats.qcow2.refcounts import Refcounts
+from nbdserve.storage.base import Storage
+from nbdserve.units import div_ceil
+
+ClusterRange: TypeAlias = tuple[int, int]
+"""``(first cluster, count)``."""
+
+Clusters: TypeAlias = npt.NDArray[np.int64]
+"""Cluster numbers."""
+
+_WINDOW: Final = 8192
+"""Clusters looked at in one step (3 us), and the most one extent has."""
+
+
+class Allocator:
+    """Hands out clusters with refcount 0, lowest first, so that a file grows only when nothing inside it is free."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        refcounts: Refcounts,
+        cluster_bits: int,
+        metadata: set[int],
+        corrupt: Callable[[str], NoReturn],
+        *,
+        punch: bool,
+    ) -> None:
+        self.quarantine: list[ClusterRange] = []
+        self.metadata = metadata
+        """Clusters that hold the image's own tables; kept current here."""
+        self.virgin = div_ceil(storage.size, 1 << cluster_bits)
+        """The lowest cluster from which on nothing was ever written."""
+        self._storage = storage
+        self._refcounts = refcounts
+        self._cluster_bits = cluster_bits
+        self._corrupt = corrupt
+        self._punch = punch
+        self._cursor = 0  # nothing below it is free, except in the extent
+        self._free = self._free_end = 0  # an extent of free clusters, inside one refcount block
+        self._missing = 0  # the block that must be loaded to find more
+
+    def take(self, wanted: int) -> ClusterRange | None:
+        """Up to ``wanted`` consecutive free clusters, counted once from now on. None: ``ready`` must be awaited first.
+
+        OSError(ENOSPC) when the format cannot address more.
+        """
+        if not self._has_extent():
+            return None
+        first = self._free
+        count = min(wanted, self._free_end - first)
+        self._free += count
+        if self._holds_metadata(first, count):
+            self._corrupt(f"clusters {first}..{first + count - 1} hold metadata, but their refcount is 0")
+        self._refcounts.set_range(first, count, 1)
+        self.virgin = max(self.virgin, first + count)
+        return first, count
+
+    def free(self, clusters: Clusters) -> None:
+        """Each of these lost a reference."""
+        self.quarantine += _runs(clusters)
+
+    def _holds_metadata(self, first: int, count: int) -> bool:
+        if count < len(self.metadata):
+            return not self.metadata.isdisjoint(range(first, first + count))
+        return any(first <= cluster < first + count for cluster in self.metadata)
+
+    def retire_metadata(self, clusters: ClusterRange) -> None:
+        """A table of the image has moved away from here."""
+        self.metadata.difference_update(range(clusters[0], sum(clusters)))
+        self.quarantine.append(clusters)
+
+    async def ready(self) -> None:
+        """Find free clusters, so that ``take`` succeeds."""
+        while not self._has_extent():
+            await self._refcounts.load(self._missing)
+
+    def _has_extent(self) -> bool:
+        """Whether there are free clusters at hand, and the block that counts them."""
+        if self._free == self._free_end:
+            return self._find()
+        self._missing = self._free // self._refcounts.entries
+        return self._refcounts.block(self._missing) is not None
+
+    def _find(self) -> bool:
+        """Set the extent to the next free clusters; False if a refcount block needed for it is not in memory."""
+        refcounts, entries = self._refcounts, self._refcounts.entries
+        while True:
+            index, position = divmod(self._cursor, entries)
+            if self._cursor + entries << self._cluster_bits > MAX_HOST_OFFSET:
+                raise OSError(errno.ENOSPC, f"{self._storage.path}: the image cannot address more than 2^56 bytes")
+            if not refcounts.block_offset(index):
+                self._add_block(index)
+                continue
+            block = refcounts.block(index)
+            if block is None:
+                self._missing = index
+                return False
+            free = block.counts[position : position + _WINDOW] == 0
+            start = int(free.argmax())
+            if not free[start]:
+                self._cursor += len(free)
+                continue
+            used = ~free[start:]
+            length = int(used.argmax()) or len(used)
+            self._free = self._cursor + start
+            self._free_end = self._cursor = self._free + length
+            return True
+
+    def _add_block(self, index: int) -> None:
+        """Start counting a range in which everything is free, with a block in its first clusters that counts itself."""
+        if index < len(self._refcounts.table.words):
+            first, count = self._cursor, 1
+            self._refcounts.add_block(index, first)
+            self._refcounts.set_range(first, 1, 1)
+        else:
+            old = self._refcounts.table.host_offset >> self._cluster_bits, self._refcounts.table_clusters
+            first, count = self._refcounts.grow_table(index)
+            self.retire_metadata(old)
+        if self._holds_metadata(first, count):
+            self._corrupt(f"clusters {first}..{first + count - 1} hold metadata, but no refcount block counts them")
+        self.metadata.update(range(first, first + count))
+        self.virgin = max(self.virgin, first + count)
+
+    async def release(self, ranges: Sequence[ClusterRange]) -> None:
+        """Take one reference from every cluster of ``ranges``; nothing on disk points there any more.
+
+        What becomes free is punched out of the file first and counted free afterwards: nobody may have it in between.
+        """
+        for first, count in _merged(ranges):
+            if self._holds_metadata(first, count):
+                self._corrupt(f"clusters {first}..{first + count - 1} hold metadata, but data was mapped to them")
+            position, end = first, first + count
+            while position < end:
+                index, at = divmod(position, self._refcounts.entries)
+                part = min(end - position, self._refcounts.entries - at)
+                if self._refcounts.block_offset(index):
+                    await self._release_part(index, at, part)
+                position += part
+
+    async def _release_part(self, index: int, at: int, count: int) -> None:
+        block = await self._refcounts.load(index)
+        block.pins += 1
+        try:
+            counts = block.counts[at : at + count]
+            base = index * self._refcounts.entries + at
+            lowered = counts != 0  # a count of 0 that was referred to is an error of the image, left to ``check``
+            freed = np.flatnonzero(counts == 1) + base
+            if self._punch:
+                for start, length in _runs(freed):
+                    await self._storage.discard(start << self._cluster_bits, length << self._cluster_bits)
+            counts -= lowered.astype(counts.dtype)
+            self._refcounts.touch(base, count)
+        finally:
+            block.pins -= 1
+        if len(freed):
+            self._cursor = min(self._cursor, int(freed[0]))
+            if self._free < self._free_end:
+                self._cursor = min(self._cursor, self._free)
+            self._free = self._free_end = 0
+
+
+def _merged(ranges: Iterable[ClusterRange]) -> list[ClusterRange]:
+    """Ranges in ascending order, neighbours joined; a cluster named twice stays in two ranges."""
+    result: list[ClusterRange] = []
+    for first, count in sorted(ranges):
+        if result and sum(result[-1]) == first:
+            result[-1] = (result[-1][0], result[-1][1] + count)
+        else:
+            result.append((first, count))
+    return result
+
+
+def _runs(clusters: Clusters) -> list[ClusterRange]:
+    """The runs of consecutive numbers in ``clusters``, as they stand."""
+    if not len(clusters):
+        return []
+    breaks = np.flatnonzero(np.diff(clusters) != 1) + 1
+    starts = clusters[np.concatenate(([0], breaks))]
+    lengths = np.diff(np.concatenate(([0], breaks, [len(clusters)])))
+    return list(zip(starts.tolist(), lengths.tolist(), strict=True))

@@ -1,0 +1,82 @@
+"""Compressed clusters: read, inflate within limits, and keep the last few.
+
+zlib is a raw deflate stream with a window of at most 4 KiB, zstd one frame. The stored length is known only up to the
+next 512-byte sector, so the input has junk behind it; the output is exactly one cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import zlib
+from collections import OrderedDict
+from typing import Final
+
+import zstandard
+
+from nbdserve.errors import RequestError
+from nbdserve.formats.qcow2.layout import COMPRESSION_ZSTD, compressed_range
+from nbdserve.storage.base import Storage
+from nbdserve.storage.pool import worker_pool
+from nbdserve.units import MIB
+
+CACHE_BYTES: Final = 8 * MIB
+
+
+def decompress(stored: bytes | bytearray, cluster_size: int, compression_type: int) -> bytes:
+    """The cluster. RequestError(EIO) unless the data makes exactly ``cluster_size`` bytes; never produces more."""
+    try:
+        if compression_type == COMPRESSION_ZSTD:
+            # The size a frame declares is allocated unseen; -1 is a frame without one, which is capped.
+            declared = zstandard.frame_content_size(stored)
+            if declared not in (-1, cluster_size):
+                raise RequestError(errno.EIO, f"compressed cluster: {declared} bytes instead of {cluster_size}")
+            data = zstandard.ZstdDecompressor().decompress(stored, max_output_size=cluster_size)
+        else:
+            inflater = zlib.decompressobj(-12)
+            data = inflater.decompress(stored, cluster_size)
+            if inflater.unconsumed_tail and inflater.decompress(inflater.unconsumed_tail, 1):
+                raise RequestError(errno.EIO, f"compressed cluster: more than {cluster_size} bytes")
+    except (zlib.error, zstandard.ZstdError) as error:
+        raise RequestError(errno.EIO, f"compressed cluster: {error}") from None
+    if len(data) != cluster_size:
+        raise RequestError(errno.EIO, f"compressed cluster: {len(data)} bytes instead of {cluster_size}")
+    return data
+
+
+class CompressedClusters:
+    """Reads compressed clusters of one image. Reads of one cluster at the same time share the work."""
+
+    def __init__(self, storage: Storage, cluster_bits: int, compression_type: int) -> None:
+        self._storage = storage
+        self._cluster_bits = cluster_bits
+        self._compression_type = compression_type
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._most = max(2, CACHE_BYTES >> cluster_bits)
+        self._running: dict[int, asyncio.Task[bytes]] = {}
+
+    async def read(self, entry: int) -> bytes:
+        """The cluster an L2 entry with COMPRESSED_FLAG stands for. RequestError(EIO) if the stored data is not one."""
+        data = self._kept.get(entry)
+        if data is not None:
+            self._kept.move_to_end(entry)
+            return data
+        task = self._running.get(entry)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._read(entry))
+            self._running[entry] = task
+            task.add_done_callback(lambda _: self._running.pop(entry, None))
+        return await asyncio.shield(task)
+
+    async def _read(self, entry: int) -> bytes:
+        cluster_size = 1 << self._cluster_bits
+        host_offset, length = compressed_range(entry, self._cluster_bits)
+        length = min(length, self._storage.size - host_offset, 2 * cluster_size)
+        if length <= 0:
+            raise RequestError(errno.EIO, f"{self._storage.path}: compressed data past the end at {host_offset:#x}")
+        stored = await self._storage.read(host_offset, length)
+        data = await worker_pool().run(decompress, stored, cluster_size, self._compression_type)
+        self._kept[entry] = data
+        if len(self._kept) > self._most:
+            self._kept.popitem(last=False)
+        return data

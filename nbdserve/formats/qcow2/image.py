@@ -1,0 +1,351 @@
+"""An open qcow2 image, apart from what its L2 entries mean: opening, tables, free clusters, stability, closing."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Mapping
+from typing import Any, ClassVar, Final, NoReturn, Self
+
+import numpy as np
+
+from nbdserve.errors import CorruptImageError, ImageError, RequestError, UnsupportedImageError
+from nbdserve.formats.base import (
+    BackingReference,
+    CheckResult,
+    CreateOption,
+    FormatDriver,
+    ImageInfo,
+)
+from nbdserve.formats.qcow2 import layout
+from nbdserve.formats.qcow2.allocator import Allocator
+from nbdserve.formats.qcow2.commit import Committer, HeaderSector
+from nbdserve.formats.qcow2.compressed import CompressedClusters
+from nbdserve.formats.qcow2.create import CREATE_OPTIONS, create_qcow2
+from nbdserve.formats.qcow2.layout import (
+    COPIED,
+    OFFSET_MASK,
+    Header,
+)
+from nbdserve.formats.qcow2.metadata import metadata_clusters
+from nbdserve.formats.qcow2.refcounts import Refcounts
+from nbdserve.formats.qcow2.snapshots import Snapshot, describe, find_snapshot, read_snapshots
+from nbdserve.formats.qcow2.tables import L2Cache, L2Table, Table, decode_words
+from nbdserve.storage.base import Storage
+from nbdserve.units import KIB, SECTOR_SIZE
+
+ALL_BITS: Final = (1 << 64) - 1
+MAX_QUARANTINE: Final = 1 << 16
+"""Ranges of freed clusters (8 MiB of tuples) after which a commit releases them, flush or not."""
+_HEADER_READ: Final = 64 * KIB
+
+
+async def read_header(storage: Storage) -> tuple[Header, bytes]:
+    """The header of the image on ``storage``, and its first sector as stored."""
+    data = await storage.read(0, min(storage.size, _HEADER_READ))
+    bits = int.from_bytes(data[20:24], "big")
+    if layout.MIN_CLUSTER_BITS <= bits <= layout.MAX_CLUSTER_BITS and len(data) < 1 << bits:
+        data = await storage.read(0, min(storage.size, 1 << bits))
+    return Header.parse(data, storage.path, storage.size), bytes(data[:SECTOR_SIZE].ljust(SECTOR_SIZE, b"\0"))
+
+
+class Qcow2Image(FormatDriver):
+    """The parts of an open qcow2 image that do not depend on the form of L2 entries."""
+
+    name: ClassVar[str] = "qcow2"
+    create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
+
+    def __init__(self, storage: Storage, data: Storage, header: Header, l1: Table, options: Mapping[str, Any]) -> None:
+        self.storage, self.data, self.path = storage, data, storage.path
+        self.header = header
+        self.read_only = True
+        self.size = header.size
+        self.cluster_size = self.granularity = header.cluster_size
+        self.l1 = l1
+        self.snapshots: list[Snapshot] = []
+        self.cache = L2Cache(header.cluster_size)
+        if header.backing_name is not None:
+            self.backing = BackingReference(header.backing_name, header.backing_format)
+        self.has_backing = self.backing is not None or bool(options.get("has_backing", False))
+        """Something below may show where this layer does not decide."""
+        self.zeroes_fast = header.version >= 3 and not header.data_file_raw
+        self.external = header.has_data_file
+        # Everything lookup needs is one attribute away.
+        self._recent = self.cache.recent
+        self._bits = header.cluster_bits
+        self._cluster_mask = header.cluster_size - 1
+        self._l1_shift = header.cluster_bits + header.l2_entries.bit_length() - 1
+        self._l2_entries = header.l2_entries
+        self._l2_mask = header.l2_entries - 1
+        self.not_plain = ALL_BITS & ~(COPIED | OFFSET_MASK & ~self._cluster_mask)
+        """An entry with any of these bits is not an ordinary data cluster."""
+        self._form = self.not_plain | COPIED
+        """Of these bits an ordinary data cluster that may be overwritten has COPIED alone."""
+        self.host_limit = 1 << 62 if self.external else storage.size
+        """Host offset before which every data cluster must begin."""
+        self._loading: dict[int, asyncio.Task[None]] = {}
+        self._compressed = CompressedClusters(storage, header.cluster_bits, header.compression_type)
+        # Only of a writable image:
+        self._protected: set[int] = set()
+        """Clusters with metadata, which no data may be written to. Empty when data is in a file of its own."""
+        self._broken = ""
+        """Why nothing may be changed any more."""
+        self._marking: asyncio.Task[None] | None = None
+        """Sets the corrupt bit in the header."""
+        self._starved = False
+        """A synchronous method found no free clusters in memory, or too many changes waiting for a commit."""
+
+    # --- opening ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
+        """Open the image.
+
+        Options: ``data_file_storage``; ``snapshot``, an internal snapshot's id or name (read-only); ``discard``, where
+        ``unmap`` punches freed clusters out of the file; ``has_backing`` when a layer is put below an image whose
+        header names none.
+        """
+        read_only = read_only or "snapshot" in options
+        header, sector = await read_header(storage)
+        snapshots, snapshot_table_bytes = await read_snapshots(storage, header)
+        data = cls._data_storage(storage, header, options)
+        if not read_only:
+            cls._refuse_writing(storage, header)
+        l1_offset, l1_entries = header.l1_offset, header.l1_entries
+        wanted: str | None = options.get("snapshot")
+        snapshot = None if wanted is None else find_snapshot(snapshots, wanted, header, storage.path)
+        if snapshot is not None:
+            l1_offset, l1_entries = snapshot.l1_offset, snapshot.l1_entries
+        l1 = Table(l1_offset, decode_words(await storage.read(l1_offset, l1_entries * 8)))
+        driver = cls._class_for(header)(storage, data, header, l1, options)
+        driver.snapshots = snapshots
+        if snapshot is not None and snapshot.disk_size is not None:
+            driver.size = snapshot.disk_size
+        if not read_only:
+            if header.incompatible & layout.INCOMPATIBLE_DIRTY:
+                await driver._repair_dirty()
+                return await cls.open(storage, options, read_only=False)
+            await driver._open_writable(sector, snapshot_table_bytes, options)
+        return driver
+
+    @classmethod
+    def _class_for(cls, header: Header) -> type[Self]:
+        """The class that knows the form of the L2 entries."""
+        return cls
+
+    @staticmethod
+    def _data_storage(storage: Storage, header: Header, options: Mapping[str, Any]) -> Storage:
+        if not header.has_data_file:
+            return storage
+        data: Storage | None = options.get("data_file_storage")
+        if data is None:
+            raise ImageError(
+                storage.path, "the external data file is not given", field="data file", value=header.data_file_name
+            )
+        return data
+
+    @staticmethod
+    def _refuse_writing(storage: Storage, header: Header) -> None:
+        if header.incompatible & layout.INCOMPATIBLE_CORRUPT:
+            raise CorruptImageError(
+                storage.path, "the image is marked corrupt, it can only be read", hint="image check -r all"
+            )
+        if storage.read_only:
+            raise ImageError(storage.path, "the file is open read-only")
+
+    @classmethod
+    async def data_file_name(cls, storage: Storage) -> str | None:
+        """The external data file the header names; None if the data is in the image. ImageError as for ``open``."""
+        header, _ = await read_header(storage)
+        if not header.has_data_file:
+            return None
+        if header.data_file_name is None:
+            raise UnsupportedImageError(storage.path, "the header does not name the external data file")
+        return header.data_file_name
+
+    async def _repair_dirty(self) -> None:
+        """Rebuild the refcounts of an image whose writer kept them lazily and did not close it."""
+        result = await self.check(repair_leaks=True, repair_errors=True)
+        if result.corruptions or result.check_errors:
+            raise CorruptImageError(
+                self.path, f"not closed cleanly, and {result.corruptions} errors remain", hint="image check -r all"
+            )
+        header, sector = await read_header(self.storage)
+        value = header.incompatible & ~layout.INCOMPATIBLE_DIRTY
+        await HeaderSector(self.storage, sector).patch(layout.INCOMPATIBLE_AT, value.to_bytes(8, "big"))
+
+    async def _open_writable(self, sector: bytes, snapshot_table_bytes: int, options: Mapping[str, Any]) -> None:
+        self.read_only = False
+        self._header_sector = HeaderSector(self.storage, sector)
+        self.refcounts = await Refcounts.open(self.storage, self.header)
+        metadata = metadata_clusters(
+            self.header, self.l1, self.refcounts.table, self.snapshots, snapshot_table_bytes, self.path
+        )
+        if not self.external:
+            self._protected = metadata
+        punch = options.get("discard") == "unmap"
+        self.allocator = Allocator(self.storage, self.refcounts, self._bits, metadata, self._corruption, punch=punch)
+        self._committer = Committer(
+            self.storage, self.data, self._header_sector, self.l1, self.cache, self.refcounts, self.allocator
+        )
+        self._data_virgin = self.data.size
+        # Bitmaps are not kept up to date, and neither is what an unknown bit stands for: the bits are cleared, so that
+        # others do not trust it.
+        autoclear = self.header.autoclear
+        if autoclear & ~layout.AUTOCLEAR_DATA_FILE_RAW:
+            kept = autoclear & layout.AUTOCLEAR_DATA_FILE_RAW
+            await self._header_sector.patch(layout.AUTOCLEAR_AT, kept.to_bytes(8, "big"))
+
+    @classmethod
+    async def create(cls, storage: Storage, size: int, options: Mapping[str, str], **resources: Any) -> None:
+        """Make ``storage`` an empty image of ``size`` bytes."""
+        await create_qcow2(storage, size, options, **resources)
+
+    async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
+        """Compare refcounts, tables and COPIED flags. What was written before is flushed first.
+
+        After a repair the tables in memory are not those on disk: nothing is written before the image is opened anew.
+        """
+        from nbdserve.formats.qcow2.check import check_qcow2  # noqa: PLC0415  (check works on drivers)
+
+        if not self.read_only:
+            await self._committer.settle()
+            if repair_leaks or repair_errors:
+                self._stop_writing(f"{self.path}: repaired since it was opened, open it anew")
+        return await check_qcow2(self, repair_leaks=repair_leaks, repair_errors=repair_errors)
+
+    def info(self) -> ImageInfo:
+        """The facts of this layer."""
+        header = self.header
+        specific: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
+        specific["compression-type"] = layout.COMPRESSION_NAMES[header.compression_type]
+        specific["refcount-bits"] = header.refcount_bits
+        if header.version >= 3:
+            specific["lazy-refcounts"] = bool(header.compatible & layout.COMPATIBLE_LAZY_REFCOUNTS)
+            specific["corrupt"] = bool(self._marking or header.incompatible & layout.INCOMPATIBLE_CORRUPT)
+            specific["extended-l2"] = header.extended_l2
+        if header.has_data_file:
+            specific["data-file"] = header.data_file_name
+            specific["data-file-raw"] = header.data_file_raw
+        return ImageInfo(
+            format=self.name,
+            virtual_size=self.size,
+            cluster_size=header.cluster_size,
+            backing=self.backing,
+            dirty=bool(header.incompatible & layout.INCOMPATIBLE_DIRTY),
+            specific=specific,
+            snapshots=[describe(snapshot, header) for snapshot in self.snapshots],
+        )
+
+    # --- tables and free clusters ----------------------------------------------------------------------------------
+
+    async def load(self, offset: int) -> None:
+        """Bring the L2 table of ``offset`` into memory, and free clusters, if they were missing."""
+        if self._starved:
+            await self._make_room()
+        l1_index = offset >> self._l1_shift
+        if self.l1.entries[l1_index] and self.cache.find(l1_index) is None:
+            task = self._loading.get(l1_index)
+            if task is None:
+                task = asyncio.get_running_loop().create_task(self._load_table(l1_index))
+                self._loading[l1_index] = task
+                task.add_done_callback(lambda _: self._loading.pop(l1_index, None))
+            await asyncio.shield(task)
+
+    async def _load_table(self, l1_index: int) -> None:
+        host_offset = self.l2_offset(l1_index)
+        words = decode_words(await self.storage.read(host_offset, self.cluster_size))
+        if self.cache.find(l1_index) is None:
+            self.cache.create(l1_index, host_offset, words)
+
+    def l2_offset(self, l1_index: int) -> int:
+        """Host offset of an L2 table; 0 when there is none. RequestError(EIO) when the L1 entry is invalid."""
+        entry = self.l1.entries[l1_index]
+        host_offset = entry & OFFSET_MASK
+        if entry and (
+            entry & layout.L1_RESERVED or host_offset & self._cluster_mask or not 0 < host_offset < self.storage.size
+        ):
+            raise RequestError(errno.EIO, f"{self.path}: invalid L1 entry {entry:#x} at index {l1_index}")
+        return host_offset
+
+    def _take(self, wanted: int) -> tuple[int, int] | None:
+        taken = self.allocator.take(wanted)
+        self._starved = taken is None
+        if taken is not None and not self.external:
+            self.host_limit = max(self.host_limit, sum(taken) << self._bits)
+        return taken
+
+    def _writable_table(self, offset: int) -> L2Table | None:
+        """The L2 table of ``offset`` as this image's own: made if there is none, copied if a snapshot shares it."""
+        if self._broken:
+            raise RequestError(errno.EIO, self._broken)
+        if self._is_crowded():
+            self._starved = True
+            return None
+        l1_index = offset >> self._l1_shift
+        table = self.cache.find(l1_index)
+        entry = self.l1.entries[l1_index]
+        if table is None and entry:
+            return None
+        if table is not None and entry & COPIED:
+            return table
+        taken = self._take(1)
+        if taken is None:
+            return None
+        host_offset = taken[0] << self._bits
+        if table is None:
+            table = self.cache.create(l1_index, host_offset, np.zeros(self.cluster_size // 8, np.uint64))
+        else:
+            self.allocator.retire_metadata((table.host_offset >> self._bits, 1))
+        self.allocator.metadata.add(taken[0])
+        table.relocate(host_offset)
+        self.l1.store(l1_index, host_offset | COPIED)
+        return table
+
+    async def prepare(self, offset: int, length: int) -> None:
+        """The L2 table in memory, free clusters at hand, and not too many changes waiting."""
+        await self._make_room()
+        await self.load(offset)
+
+    def _is_crowded(self) -> bool:
+        return self.cache.crowded or len(self.allocator.quarantine) > MAX_QUARANTINE
+
+    async def _make_room(self) -> None:
+        if self._is_crowded():
+            await self._committer.commit()
+        await self.allocator.ready()
+        self._starved = False
+
+    # --- stability -------------------------------------------------------------------------------------------------
+
+    async def flush(self) -> None:
+        """Commit everything published so far; see ``commit``."""
+        if not self.read_only or self._broken:
+            await self._committer.commit()
+
+    def _corruption(self, problem: str) -> NoReturn:
+        """The image contradicts itself in a way that writing would make worse: mark it corrupt, write no more."""
+        if not self._broken:
+            self._stop_writing(f"{self.path}: {problem}; the image is corrupt and can only be read from now on")
+            if self.header.version >= 3:
+                value = self._header_sector.read_u64(layout.INCOMPATIBLE_AT) | layout.INCOMPATIBLE_CORRUPT
+                patch = self._header_sector.patch(layout.INCOMPATIBLE_AT, value.to_bytes(8, "big"))
+                self._marking = asyncio.get_running_loop().create_task(patch)
+        raise RequestError(errno.EIO, self._broken)
+
+    def _stop_writing(self, reason: str) -> None:
+        self._broken = reason
+        self.read_only = True
+        self._form = 0  # no entry looks like one that may be overwritten
+
+    async def close(self) -> None:
+        """Write everything back, and close the storages whether that succeeded or not."""
+        try:
+            if not self.read_only or self._broken:
+                await self._committer.settle()
+            if self._marking is not None:
+                await self._marking
+        finally:
+            await self.data.close()
+            if self.storage is not self.data:
+                await self.storage.close()

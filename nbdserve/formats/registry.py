@@ -1,0 +1,24 @@
+"""The image formats there are."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from nbdserve.errors import ConfigError
+from nbdserve.formats.base import FormatDriver
+from nbdserve.formats.qcow2.driver import Qcow2Driver
+from nbdserve.formats.raw import RawDriver
+
+DRIVERS: Final[dict[str, type[FormatDriver]]] = {
+    "raw": RawDriver,
+    "qcow2": Qcow2Driver,
+}
+"""By QEMU's format names."""
+
+
+def driver_for(name: str) -> type[FormatDriver]:
+    """The driver of the format ``name``; ConfigError when there is none."""
+    try:
+        return DRIVERS[name]
+    except KeyError:
+        raise ConfigError(f"unknown image format {name!r}: give one of {', '.join(sorted(DRIVERS))}") from None

@@ -1,0 +1,30 @@
+"""Which metadata contexts the queries of a client mean (spec, "Metadata querying")."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Final
+
+BASE_ALLOCATION: Final = "base:allocation"
+ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
+
+_LIST_WILDCARDS: Final = ("base:", "qemu:", "qemu:dirty-bitmap:")
+"""Queries that stand for all contexts they begin, in LIST_META_CONTEXT only."""
+
+Context = tuple[int, str]
+"""Id and name; the id is the position among the export's contexts."""
+
+
+def list_contexts(available: Sequence[str], queries: Collection[str]) -> list[Context]:
+    """What LIST_META_CONTEXT answers: everything without a query, else what the queries name or begin.
+
+    Each context is answered once, in the export's order; what is not available is passed over, as is a query that has
+    no namespace. The id of a listed context means nothing and is 0.
+    """
+    prefixes = tuple(query for query in queries if query in _LIST_WILDCARDS)
+    return [(0, name) for name in available if not queries or name in queries or name.startswith(prefixes)]
+
+
+def select_contexts(available: Sequence[str], queries: Collection[str]) -> list[Context]:
+    """What SET_META_CONTEXT selects: exactly the names asked for; a wildcard or an unknown name selects nothing."""
+    return [(number, name) for number, name in enumerate(available) if name in queries]

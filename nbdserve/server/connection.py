@@ -1,0 +1,156 @@
+"""One TCP or unix-socket client: the asyncio side of the handshake and of the session."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import TYPE_CHECKING, cast
+
+from nbdserve.errors import ProtocolError
+from nbdserve.exports.export import Export
+from nbdserve.protocol.handshake import Close, Negotiated, Send, ServerHandshake
+from nbdserve.server.output import SEND_BUFFER, Output
+from nbdserve.server.session import Session
+
+if TYPE_CHECKING:
+    from nbdserve.server.server import Server
+
+log = logging.getLogger(__name__)
+
+
+class Connection(asyncio.BufferedProtocol):
+    """Bytes arrive in the shared receive buffer, go through the handshake, then through the session."""
+
+    def __init__(self, server: Server, peer: str) -> None:
+        self.peer = peer
+        self.session: Session | None = None
+        self._server = server
+        self._transport: asyncio.Transport
+        self._output: Output
+        self._handshake: ServerHandshake | None = None
+        self.lost = False
+
+    # --- asyncio ---------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        loop = asyncio.get_running_loop()
+        sock: socket.socket = transport.get_extra_info("socket")
+        duplicate = socket.fromfd(sock.fileno(), sock.family, sock.type)
+        duplicate.setblocking(False)
+        if duplicate.family == socket.AF_UNIX:
+            duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        else:  # the kernel sizes the buffer of a TCP socket as it goes
+            duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._output = Output(duplicate, loop, self._drained, self._failed)
+        self._handshake = ServerHandshake(self._server.exports, shutting_down=lambda: self._server.stopping)
+        self._output.send(self._handshake.greeting())
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self.session is not None:
+            return self.session.parser.get_buffer()
+        return self._server.buffers.receive.view
+
+    def buffer_updated(self, nbytes: int) -> None:
+        try:
+            if self.session is not None:
+                self.session.parser.received(nbytes)
+                self.session.process()
+            else:
+                self._negotiate(bytes(self._server.buffers.receive.view[:nbytes]))
+        except ProtocolError as error:
+            log.info("%s: dropped: %s", self.peer, error)
+            self.abort()
+        except Exception:
+            log.exception("%s: dropped by an unforeseen error", self.peer)
+            self.abort()
+
+    def eof_received(self) -> bool:
+        if self.session is None:
+            return False
+        self.session.finish()
+        return True
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.lost = True
+        self._output.close()
+        if self.session is not None:
+            self.session.finish()
+        self._server.forget(self)
+
+    # --- life cycle ------------------------------------------------------------------------------------------------
+
+    def _negotiate(self, data: bytes) -> None:
+        assert self._handshake is not None
+        for event in self._handshake.receive(data):
+            if isinstance(event, Send):
+                self._output.send(event.data)
+            elif isinstance(event, Negotiated):
+                self._begin_session(event, self._handshake.leftover)
+                self._handshake = None
+                return
+            elif isinstance(event, Close):
+                log.log(logging.INFO if event.violation else logging.DEBUG, "%s: %s", self.peer, event.reason)
+                self._close_when_sent()
+                return
+
+    def _begin_session(self, negotiated: Negotiated, leftover: bytes) -> None:
+        session = Session(
+            cast("Export", negotiated.export),
+            negotiated,
+            self._output,
+            self._server.buffers,
+            set_reading=self._set_reading,
+            on_idle=self._session_idle,
+        )
+        self.session = session
+        self._server.entered(self)
+        if leftover:
+            session.parser.feed(leftover)
+            session.process()
+
+    def _set_reading(self, reading: bool) -> None:
+        if self._transport.is_closing():
+            return
+        if reading:
+            self._transport.resume_reading()
+        else:
+            self._transport.pause_reading()
+
+    def _drained(self) -> None:
+        if self.session is not None:
+            try:
+                self.session.resume()
+            except ProtocolError as error:
+                log.info("%s: dropped: %s", self.peer, error)
+                self.abort()
+        elif self._handshake is None or self._transport.is_closing():
+            self._transport.close()
+
+    def _failed(self, error: OSError) -> None:
+        log.debug("%s: %s", self.peer, error)
+        self.abort()
+
+    def _session_idle(self) -> None:
+        if not self.lost:
+            self._transport.close()
+
+    def _close_when_sent(self) -> None:
+        self._handshake = None
+        self._transport.pause_reading()
+        if not self._output.backlog:
+            self._transport.close()
+
+    def drain(self) -> None:
+        """The server stops: new requests get ESHUTDOWN, and the connection closes when its work is done."""
+        if self.session is None:
+            self._transport.close()
+        else:
+            self.session.draining = True
+            self.session.finish()
+
+    def abort(self) -> None:
+        """Drop the connection now; work under way is finished, and nobody hears of it."""
+        self._output.close()
+        self._transport.abort()

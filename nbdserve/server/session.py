@@ -1,0 +1,439 @@
+"""The transmission phase of one client: requests become work on the node, work becomes replies.
+
+What the tables and the page cache answer at once is answered in ``process``, a whole batch with one send. Everything
+else becomes a task, and replies leave in the order in which the tasks finish.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
+from typing import Any, Final
+
+from nbdserve.block.node import READ_DATA, READ_SPLIT, READ_WAIT, READ_ZERO, Node
+from nbdserve.block.pieces import Piece, zero_pieces
+from nbdserve.buffers import BufferPool, ReusedBuffer
+from nbdserve.errors import RequestError, errno_of
+from nbdserve.exports.export import Export
+from nbdserve.protocol.codec import (
+    SIMPLE,
+    data_chunk_head,
+    final_reply,
+    hole_chunk,
+    wire_error,
+)
+from nbdserve.protocol.constants import (
+    CMD_CACHE,
+    CMD_DISC,
+    CMD_FLAG_DF,
+    CMD_FLAG_FAST_ZERO,
+    CMD_FLAG_FUA,
+    CMD_FLAG_NO_HOLE,
+    CMD_FLUSH,
+    CMD_READ,
+    CMD_TRIM,
+    CMD_WRITE,
+    CMD_WRITE_ZEROES,
+    COMMAND_NAMES,
+    REPLY_FLAG_DONE,
+)
+from nbdserve.protocol.handshake import Negotiated
+from nbdserve.protocol.transmission import (
+    RECEIVE_SIZE,
+    Request,
+    RequestParser,
+    pack_read_head,
+    read_head_size,
+)
+from nbdserve.protocol.validate import RequestRules
+from nbdserve.server.block_status import status_reply
+from nbdserve.server.output import Output
+from nbdserve.units import KIB, MIB
+
+log = logging.getLogger(__name__)
+
+SCRATCH_SIZE: Final = 2 * MIB
+"""Replies are put together here. A longer one gets a buffer of its own."""
+_SEND_AT: Final = 128 * KIB
+"""Replies leave when they are this long together: the client starts on them while the next are read."""
+_SEND_FILE_FROM: Final = 32 * KIB
+"""Data this long is sent from the page cache; below it, two system calls more cost what the copy does."""
+MAX_IN_FLIGHT: Final = 64
+"""Requests of one client that wait for the disk at a time; further ones wait in the socket."""
+MAX_IN_FLIGHT_BYTES: Final = 64 * MIB
+
+
+class Buffers:
+    """The memory all sessions of an event loop share."""
+
+    def __init__(self) -> None:
+        self.receive = ReusedBuffer(RECEIVE_SIZE)
+        self.scratch = ReusedBuffer(SCRATCH_SIZE)
+        self.pool = BufferPool(16 * MIB)
+
+
+class Session:
+    """One client and one export. ``on_idle`` is called when nothing is in flight after ``finish``."""
+
+    def __init__(
+        self,
+        export: Export,
+        negotiated: Negotiated,
+        output: Output,
+        buffers: Buffers,
+        *,
+        set_reading: Callable[[bool], None],
+        on_idle: Callable[[], None],
+    ) -> None:
+        self.export = export
+        self.node: Node = export.node
+        self.mode = negotiated.mode
+        self.contexts = negotiated.contexts
+        self.size = export.size
+        self.draining = False
+        """The server shuts down: new requests are answered ESHUTDOWN."""
+        self._output = output
+        self._buffers = buffers
+        self._scratch = buffers.scratch
+        self._set_reading = set_reading
+        self._on_idle = on_idle
+        self.rules = RequestRules(self.size, negotiated.flags, self.mode, bool(self.contexts))
+        self.parser = RequestParser(self.rules, self.mode, buffers.receive, self._take_payload)
+        self._head_size = read_head_size(self.mode)
+        self._pack_head = pack_read_head(self.mode)
+        self._position = 0
+        self._todo: list[Request] = []
+        self._replies: list[bytes] = []
+        self._in_flight = 0
+        self._in_flight_bytes = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reading = True
+        self._finished = False
+        self._slow: dict[int, Callable[..., Coroutine[Any, Any, None]]] = {
+            CMD_FLUSH: self._flush,
+            CMD_TRIM: self._trim,
+            CMD_CACHE: self._cache,
+            CMD_WRITE_ZEROES: self._write_zeroes,
+        }
+
+    # --- the event-loop side ---------------------------------------------------------------------------------------
+
+    def process(self) -> None:
+        """Answer the requests received, as far as their replies and the work in flight find room."""
+        parser, output = self.parser, self._output
+        requests = iter(self._todo)
+        self._todo = []
+        while True:
+            for request in requests:
+                self._dispatch(*request)
+                if output.backlog or self._in_flight >= MAX_IN_FLIGHT or self._in_flight_bytes >= MAX_IN_FLIGHT_BYTES:
+                    self._stop(requests)
+                    return
+            batch = parser.next_batch()
+            if not batch:
+                break
+            requests = iter(batch)
+        self._send()
+        if parser.disconnected:
+            self._set_reading(False)
+            self.finish()
+        elif not self._reading:
+            self._reading = True
+            self._set_reading(True)
+
+    def _stop(self, requests: Iterator[Request]) -> None:
+        """No room for more: keep what is not answered, and take nothing more from the socket."""
+        # A payload is a view into a buffer that other connections are about to use.
+        self._todo = [
+            (*request[:6], None if request[6] is None else memoryview(bytes(request[6]))) for request in requests
+        ]
+        self.parser.save()
+        self._send()
+        if self._reading:
+            self._reading = False
+            self._set_reading(False)
+
+    def resume(self) -> None:
+        """Room may have come free: go on where ``process`` stopped."""
+        if not self._reading and not self._output.backlog and not self._finished:
+            self.parser.reload()
+            self.process()
+        self._check_idle()
+
+    def finish(self) -> None:
+        """The client sends nothing more (DISC, end of stream, shutdown): ``on_idle`` follows when its work is done."""
+        self._finished = True
+        self._check_idle()
+
+    def _check_idle(self) -> None:
+        if self._finished and not self._in_flight and not self._replies and not self._output.backlog:
+            self._on_idle()
+
+    def _send(self) -> None:
+        if self._position:
+            length, self._position = self._position, 0
+            self._output.send_scratch(self._scratch, length)
+
+    def _append(self, reply: bytes) -> None:
+        start = self._position
+        if start + len(reply) > SCRATCH_SIZE:
+            self._send()
+            start = 0
+        self._scratch.data[start : start + len(reply)] = reply
+        self._position = start + len(reply)
+
+    def _dispatch(
+        self, error: int, kind: int, flags: int, cookie: int, offset: int, length: int, payload: memoryview | None
+    ) -> None:
+        if error or self.draining:
+            if kind != CMD_DISC:
+                self._refuse(error or errno.ESHUTDOWN, kind, cookie, offset, length)
+        elif kind == CMD_READ:
+            self._read(flags, cookie, offset, length)
+        elif kind == CMD_WRITE:
+            assert payload is not None
+            self._write(flags, cookie, offset, payload)
+        elif kind in self._slow:
+            self._begin(self._answer(self._slow[kind], flags, cookie, offset, length), 0)
+        elif kind != CMD_DISC:
+            self._begin(
+                self._block_status(flags, cookie, offset, length, None if payload is None else bytes(payload)), 0
+            )
+
+    def _refuse(self, error: int, kind: int, cookie: int, offset: int, length: int) -> None:
+        name = COMMAND_NAMES[kind] if kind < len(COMMAND_NAMES) else f"command {kind}"
+        text = f"{name} of {length} bytes at {offset} refused: export {self.export.name!r} has {self.size} bytes"
+        self._append(final_reply(self.mode, cookie, offset, wire_error(error), text))
+
+    # --- reads -----------------------------------------------------------------------------------------------------
+
+    def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        if length >= _SEND_FILE_FROM and self._try_send_file(cookie, offset, length):
+            return
+        start = self._position + self._head_size
+        end = start + length
+        if end > SCRATCH_SIZE:
+            self._send()
+            start = self._head_size
+            end = start + length
+            if end > SCRATCH_SIZE:
+                self._begin(self._read_slowly(flags, cookie, offset, length), length)
+                return
+        view = self._scratch.view[start:end]
+        try:
+            outcome = self.node.try_read_into(offset, view)
+        except RequestError:
+            outcome = READ_WAIT  # a corrupt mapping: the task meets it again and replies
+        if outcome == READ_DATA and length:
+            self._pack_head(self._scratch.data, start - self._head_size, cookie, offset, length)
+            self._position = end
+            if end >= _SEND_AT:
+                self._send()
+        elif outcome == READ_ZERO or not length:
+            self._reply_pieces(flags, cookie, offset, view, [(True, length)])
+        elif outcome == READ_SPLIT and (pieces := self._try_read_pieces(offset, view)) is not None:
+            self._reply_pieces(flags, cookie, offset, view, pieces)
+        else:
+            self._begin(self._read_slowly(flags, cookie, offset, length), length)
+
+    def _try_send_file(self, cookie: int, offset: int, length: int) -> bool:
+        """Reply from the page cache without a copy: 20 us for 256 KiB, where reading and sending them takes 70."""
+        if self._position + self._head_size > SCRATCH_SIZE:
+            self._send()
+        try:
+            place = self.node.locate_read(offset, length)
+        except RequestError:
+            return False
+        if place is None or not place[0].can_send(place[1], length):
+            return False
+        end = self._position + self._head_size
+        self._pack_head(self._scratch.data, self._position, cookie, offset, length)
+        self._position = 0
+        self._output.send_file(self._scratch.view[:end], *place, length)
+        return True
+
+    def _try_read_pieces(self, offset: int, view: memoryview) -> list[Piece] | None:
+        try:
+            return self.node.try_read_pieces(offset, view)
+        except RequestError:
+            return None
+
+    def _reply_pieces(self, flags: int, cookie: int, offset: int, view: memoryview, pieces: list[Piece]) -> None:
+        """Reply to a read whose data is already in place in the scratch buffer, but for its zeroes."""
+        length = len(view)
+        if not length:
+            self._append(final_reply(self.mode, cookie, offset))
+        elif self.mode == SIMPLE or (len(pieces) > 1 and (flags & CMD_FLAG_DF or length <= 16 * KIB)):
+            # A few sectors of zeroes cost less as bytes than as chunks of their own.
+            zero_pieces(view, pieces)
+            self._pack_head(self._scratch.data, self._position, cookie, offset, length)
+            self._position += self._head_size + length
+        elif len(pieces) == 1 and not pieces[0][0]:
+            self._pack_head(self._scratch.data, self._position, cookie, offset, length)
+            self._position += self._head_size + length
+        elif len(pieces) == 1:
+            self._append(hole_chunk(self.mode, REPLY_FLAG_DONE, cookie, offset, offset, length))
+        else:
+            for chunk in [bytes(chunk) for chunk in self._chunks(cookie, offset, view, pieces)]:
+                self._append(chunk)
+
+    def _chunks(self, cookie: int, offset: int, view: memoryview, pieces: list[Piece]) -> Iterator[bytes | memoryview]:
+        position = 0
+        for is_zero, length in pieces:
+            done = REPLY_FLAG_DONE if position + length == len(view) else 0
+            at = offset + position
+            if is_zero:
+                yield hole_chunk(self.mode, done, cookie, offset, at, length)
+            else:
+                yield data_chunk_head(self.mode, done, cookie, offset, at, length)
+                yield view[position : position + length]
+            position += length
+
+    async def _read_slowly(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        head, pool = self._head_size, self._buffers.pool
+        data = pool.take(head + length)
+        view = memoryview(data)[head : head + length]
+        try:
+            pieces = await self.node.read_pieces(offset, view)
+        except Exception as error:
+            self._reply_failure("READ", cookie, offset, length, error)
+            pool.give(data)
+            return
+        if len(pieces) == 1 and pieces[0][0] and self.mode != SIMPLE:
+            self._output.send(hole_chunk(self.mode, REPLY_FLAG_DONE, cookie, offset, offset, length))
+            pool.give(data)
+        elif len(pieces) == 1 or self.mode == SIMPLE or flags & CMD_FLAG_DF:
+            zero_pieces(view, pieces)
+            self._pack_head(data, 0, cookie, offset, length)
+            self._output.send_owned(memoryview(data)[: head + length], lambda: pool.give(data))
+        else:
+            for chunk in self._chunks(cookie, offset, view, pieces):
+                self._output.send(chunk)
+            pool.give(data)
+
+    # --- writes ----------------------------------------------------------------------------------------------------
+
+    def _write(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
+        node, length = self.node, len(payload)
+        plain = length and not flags & CMD_FLAG_FUA
+        try:
+            if plain and node.try_write(offset, payload):
+                self._append(final_reply(self.mode, cookie, offset))
+                self._give_payload(payload)
+                return
+        except RequestError:
+            plain = False  # a corrupt mapping: the task meets it again and replies
+        if payload.obj is self._buffers.receive.data:
+            payload = memoryview(bytes(payload))
+        if plain and node.submit_write(offset, payload, partial(self._written, cookie, offset, payload)):
+            self._in_flight += 1
+            self._in_flight_bytes += length
+        else:
+            self._begin(self._write_slowly(flags, cookie, offset, payload), length)
+
+    def _written(self, cookie: int, offset: int, payload: memoryview, error: Exception | None) -> None:
+        """A submitted write is complete; the replies of a whole batch leave together."""
+        self._in_flight -= 1
+        self._in_flight_bytes -= len(payload)
+        if not self._replies:
+            asyncio.get_running_loop().call_soon(self._send_replies)
+        self._replies.append(
+            final_reply(self.mode, cookie, offset)
+            if error is None
+            else self._failure("WRITE", cookie, offset, len(payload), error)
+        )
+        self._give_payload(payload)
+
+    def _send_replies(self) -> None:
+        replies, self._replies = self._replies, []
+        self._output.send(b"".join(replies))
+        self.resume()
+
+    async def _write_slowly(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
+        try:
+            await self.node.write(offset, payload, fua=bool(flags & CMD_FLAG_FUA))
+        except Exception as error:
+            self._reply_failure("WRITE", cookie, offset, len(payload), error)
+        else:
+            self._output.send(final_reply(self.mode, cookie, offset))
+        self._give_payload(payload)
+
+    def _take_payload(self, length: int) -> memoryview:
+        return memoryview(self._buffers.pool.take(length))[:length]
+
+    def _give_payload(self, payload: memoryview) -> None:
+        owner = payload.obj
+        if isinstance(owner, bytearray) and owner is not self._buffers.receive.data:
+            self._buffers.pool.give(owner)
+
+    # --- everything else -------------------------------------------------------------------------------------------
+
+    async def _flush(self, flags: int, offset: int, length: int) -> None:
+        await self.node.flush()
+
+    async def _trim(self, flags: int, offset: int, length: int) -> None:
+        await self.node.discard(offset, length, fua=bool(flags & CMD_FLAG_FUA))
+
+    async def _cache(self, flags: int, offset: int, length: int) -> None:
+        await self.node.cache(offset, length)
+
+    async def _write_zeroes(self, flags: int, offset: int, length: int) -> None:
+        await self.node.zero(
+            offset,
+            length,
+            unmap=not flags & CMD_FLAG_NO_HOLE,
+            fast=bool(flags & CMD_FLAG_FAST_ZERO),
+            fua=bool(flags & CMD_FLAG_FUA),
+        )
+
+    async def _answer(
+        self, work: Callable[..., Coroutine[Any, Any, None]], flags: int, cookie: int, offset: int, length: int
+    ) -> None:
+        try:
+            await work(flags, offset, length)
+        except Exception as error:
+            self._reply_failure(work.__name__.lstrip("_").upper(), cookie, offset, length, error)
+        else:
+            self._output.send(final_reply(self.mode, cookie, offset))
+
+    async def _block_status(self, flags: int, cookie: int, offset: int, length: int, payload: bytes | None) -> None:
+        try:
+            reply = await status_reply(
+                self.node, self.mode, self.contexts, self.rules, flags, cookie, offset, length, payload
+            )
+        except Exception as error:
+            self._reply_failure("BLOCK_STATUS", cookie, offset, length, error)
+        else:
+            self._output.send(reply)
+
+    def _reply_failure(self, name: str, cookie: int, offset: int, length: int, error: Exception) -> None:
+        self._output.send(self._failure(name, cookie, offset, length, error))
+
+    def _failure(self, name: str, cookie: int, offset: int, length: int, error: Exception) -> bytes:
+        """The reply to a request that failed with ``error``, which is logged."""
+        what = f"{name} of {length} bytes at {offset} of export {self.export.name!r}"
+        if isinstance(error, OSError | RequestError):
+            log.warning("%s failed: %s", what, error)
+        else:
+            log.error("%s failed in an unforeseen way", what, exc_info=error)
+        return final_reply(self.mode, cookie, offset, wire_error(errno_of(error)), f"{name}: {error}")
+
+    # --- tasks -----------------------------------------------------------------------------------------------------
+
+    def _begin(self, work: Coroutine[Any, Any, None], length: int) -> None:
+        self._in_flight += 1
+        self._in_flight_bytes += length
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(lambda done: self._ended(done, length))
+
+    def _ended(self, task: asyncio.Task[None], length: int) -> None:
+        self._tasks.discard(task)
+        self._in_flight -= 1
+        self._in_flight_bytes -= length
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a request of export %r ended in an unforeseen error", self.export.name, exc_info=error)
+        self.resume()

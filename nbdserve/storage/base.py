@@ -1,0 +1,110 @@
+"""The storage contract: bytes on something, knowing no image format.
+
+*Reads fill the whole buffer or raise; writes write everything or raise.* Bytes past the end of the storage read as
+zeroes (a sparse tail); a write past the end grows it. Errors are OSError, whose errno travels to the client.
+
+The ``try_`` methods are the hot path: they run on the event loop, never block, and answer False when the work
+would have to wait (page not cached, file system without RWF_NOWAIT); the caller then awaits the other form, which
+does all of the work again.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from nbdserve.extents import RunArray
+
+ReadBuffer: TypeAlias = bytes | bytearray | memoryview
+"""Bytes to be written; never modified by a storage, and free for reuse when the call returns."""
+
+
+class Storage(ABC):
+    """A byte-addressed store. ``path`` names it in messages."""
+
+    path: str
+    read_only: bool
+    size: int
+    """Bytes. Kept current through writes and ``truncate`` of this object."""
+    alignment: int = 1
+    """Offsets and lengths that are multiples of this are served without a bounce buffer."""
+    grows_zeroed: bool = True
+    """Space past ``size`` reads as zeroes when first written around (regular files: yes; block devices: no)."""
+
+    def try_read_into(self, offset: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` from ``offset`` without blocking; False (buffer undefined) if that is not possible."""
+        return False
+
+    def try_write(self, offset: int, data: ReadBuffer) -> bool:
+        """Write ``data`` at ``offset`` without blocking; False (range content undefined) if that is not possible."""
+        return False
+
+    def can_send(self, offset: int, length: int) -> bool:
+        """Whether ``send`` of the range needs no disk: it is in the page cache. False: read it, and send that."""
+        return False
+
+    def send(self, socket_fd: int, offset: int, length: int) -> int:
+        """Send the start of the range to a non-blocking socket without copying it; the bytes sent, 0 if it is full.
+
+        The socket refers to the cached pages until the peer has read them: a later write to the range may show there.
+        OSError: the range cannot be read, or the socket is broken.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    async def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the bytes at ``offset``; past the end, zeroes."""
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """``length`` bytes from ``offset``. The caller has bounded ``length``."""
+        buffer = bytearray(length)
+        await self.read_into(offset, memoryview(buffer))
+        return buffer
+
+    @abstractmethod
+    async def write(self, offset: int, data: ReadBuffer) -> None:
+        """Write all of ``data`` at ``offset``."""
+
+    async def write_all(self, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
+        """Write every ``(offset, data)``, in any order; one trip to the worker threads where there are such."""
+        for offset, data in pieces:
+            await self.write(offset, data)
+
+    @abstractmethod
+    async def zero(self, offset: int, length: int, *, unmap: bool = True, fast: bool = False) -> None:
+        """Make the range read as zeroes; with ``unmap`` space may be given back, without it stays reserved.
+
+        ``fast``: OSError(ENOTSUP) unless this is quicker than writing zeroes; the content is then untouched.
+        """
+
+    @abstractmethod
+    async def discard(self, offset: int, length: int) -> None:
+        """The content of the range is no longer needed; it reads as anything until written. A hint."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Everything written before this call is on stable storage when it returns.
+
+        A failure is final: the kernel may have dropped the dirty pages, so that a retry would succeed falsely.
+        Every later write and flush of this storage raises the same error.
+        """
+
+    @abstractmethod
+    async def truncate(self, size: int) -> None:
+        """Set the size; new space reads as zeroes."""
+
+    @abstractmethod
+    async def host_map(self, offset: int, length: int, max_runs: int = 1 << 16) -> RunArray:
+        """What is a hole: DATA and ZERO runs from ``offset``, at most ``max_runs``, none past ``offset + length``.
+
+        Anything but a hole the storage knows of is DATA; the space past the end is ZERO.
+        """
+
+    @abstractmethod
+    def allocated_size(self) -> int:
+        """Bytes of disk space used (``st_blocks * 512``)."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release everything held, without flushing. Idempotent."""

@@ -1,0 +1,176 @@
+"""Blocking work on a file descriptor, as the worker threads run it.
+
+Each function does all of its work or raises OSError.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from nbdserve.extents import DATA, ZERO, RunArray
+from nbdserve.storage.base import ReadBuffer
+from nbdserve.storage.syscalls import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    block_discard,
+    block_zero_out,
+    fallocate,
+)
+from nbdserve.units import MIB, align_down, align_up
+
+FullWrite: TypeAlias = Callable[[int, int, ReadBuffer], None]
+"""``write_fully``, or its direct I/O form: ``(fd, offset, data)``."""
+
+_ZEROES: Final = bytes(MIB)
+_UNSUPPORTED: Final = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY))
+"""What a file system or a driver answers that has no such call. EINVAL is not among them: it is a fault of ours."""
+
+
+def read_fully(fd: int, offset: int, buffer: memoryview) -> None:
+    """Fill ``buffer``; zeroes past the end of the file."""
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(fd, [buffer[done:]], offset + done)
+        if count == 0:
+            fill_zeroes(buffer[done:])
+            return
+        done += count
+
+
+def fill_zeroes(buffer: memoryview) -> None:
+    """Clear ``buffer``."""
+    for start in range(0, len(buffer), MIB):
+        piece = buffer[start : start + MIB]
+        piece[:] = _ZEROES[: len(piece)]
+
+
+def write_fully(fd: int, offset: int, data: ReadBuffer) -> None:
+    """Write all of ``data``."""
+    done = os.pwrite(fd, data, offset) if data else 0
+    if done < len(data):
+        rest = memoryview(data)
+        while done < len(rest):
+            count = os.pwrite(fd, rest[done:], offset + done)
+            if count == 0:
+                raise OSError(errno.EIO, "the kernel wrote nothing")
+            done += count
+
+
+def write_all(write: FullWrite, fd: int, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
+    """``write`` every ``(offset, data)``."""
+    for offset, data in pieces:
+        write(fd, offset, data)
+
+
+def write_zeroes(write: FullWrite, fd: int, offset: int, length: int) -> None:
+    """``write`` zeroes over the range."""
+    end = offset + length
+    while offset < end:
+        count = min(MIB, end - offset)
+        write(fd, offset, _ZEROES[:count] if count < MIB else _ZEROES)
+        offset += count
+
+
+def _try_fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
+    """False where the file system has no such mode."""
+    try:
+        fallocate(fd, mode, offset, length)
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return False
+        raise
+    return True
+
+
+def try_zero_file(fd: int, offset: int, length: int, unmap: bool) -> bool:
+    """Zero a range of a regular file through its allocation, growing the file; False where it has to be written.
+
+    The file is never grown with ftruncate, which would cut off what another thread writes beyond the range meanwhile.
+    """
+    end = offset + length
+    if not unmap:
+        if _try_fallocate(fd, FALLOC_FL_ZERO_RANGE, offset, length):
+            return True
+        # tmpfs has no ZERO_RANGE: give the space back, then reserve it anew.
+        return _try_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) and _try_fallocate(
+            fd, 0, offset, length
+        )
+    # The last byte is reserved to move the end of the file, and the hole takes it back.
+    if end > os.fstat(fd).st_size and not _try_fallocate(fd, 0, end - 1, 1):
+        return False
+    return _try_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length) or _try_fallocate(
+        fd, FALLOC_FL_ZERO_RANGE, offset, length
+    )
+
+
+def try_zero_device(fd: int, offset: int, length: int, unmap: bool, fast: bool) -> bool:
+    """Zero whole logical blocks of a block device without sending zeroes to it, where ``fast``; else by any means.
+
+    fallocate(2) fails where the device has no command for it, BLKZEROOUT then writes zeroes inside the kernel.
+    """
+    mode = FALLOC_FL_PUNCH_HOLE if unmap else FALLOC_FL_ZERO_RANGE
+    if _try_fallocate(fd, mode | FALLOC_FL_KEEP_SIZE, offset, length):
+        return True
+    if fast:
+        return False
+    try:
+        block_zero_out(fd, offset, length)
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return False
+        raise
+    return True
+
+
+def discard_file(fd: int, offset: int, length: int) -> None:
+    """Give back the space of the range, where the file system can; the size stays."""
+    _try_fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+
+def discard_device(fd: int, offset: int, length: int, block_size: int) -> None:
+    """Discard the whole logical blocks inside the range, where the device can."""
+    start, end = align_up(offset, block_size), align_down(offset + length, block_size)
+    if start >= end:
+        return
+    try:
+        block_discard(fd, start, end - start)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
+def seek_map(fd: int, offset: int, length: int, size: int, max_runs: int) -> RunArray:
+    """DATA and ZERO runs from SEEK_DATA and SEEK_HOLE; all DATA where the file system does not know its holes."""
+    starts: list[int] = []
+    kinds: list[int] = []
+    position, end = offset, offset + length
+    while position < end and len(starts) < max_runs:
+        kind, following = _next_run(fd, position, size, end)
+        starts.append(position)
+        kinds.append(kind)
+        position = min(following, end)
+    start = np.array(starts, np.int64)
+    kind_column = np.array(kinds, np.uint8)
+    lengths = np.diff(start, append=np.int64(position))
+    return RunArray(start, lengths, kind_column, np.where(kind_column == DATA, start, -1))
+
+
+def _next_run(fd: int, position: int, size: int, end: int) -> tuple[int, int]:
+    """The kind at ``position`` and where its run ends, ``end`` or more if it goes that far."""
+    if position >= size:
+        return ZERO, end
+    try:
+        data = os.lseek(fd, position, os.SEEK_DATA)
+        return (DATA, os.lseek(fd, position, os.SEEK_HOLE)) if data <= position else (ZERO, data)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # no data from here on
+            return ZERO, end
+        if error.errno in (errno.EINVAL, *_UNSUPPORTED):
+            return DATA, size
+        raise

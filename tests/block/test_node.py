@@ -1,0 +1,235 @@
+"""A node: the chain as one disk, in both forms of each request."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdserve.block.node import (
+    MAX_SYNC_PIECES,
+    READ_DATA,
+    READ_SPLIT,
+    READ_WAIT,
+    READ_ZERO,
+    Node,
+)
+from nbdserve.block.pieces import zero_pieces
+from nbdserve.formats.raw import RawDriver
+from nbdserve.storage.memory import MemoryStorage
+from nbdserve.units import KIB, MIB
+from tests.block.layers import CLUSTER, Scripted, guest, overlay, raw_node
+from tests.block.test_chain import chains
+
+
+def _buffer(length: int) -> memoryview:
+    return memoryview(bytearray(b"\xee" * length))
+
+
+@given(chains, st.data())
+async def test_both_forms_of_a_read_give_the_guest_content(layers: list[Scripted], data: st.DataObject) -> None:
+    node, content = Node(layers), guest(layers)
+    start = data.draw(st.integers(0, node.size - 1))
+    end = data.draw(st.integers(start + 1, node.size))
+    expected = content[start:end]
+
+    buffer = _buffer(end - start)
+    await node.read_into(start, buffer)
+    assert buffer == expected
+    assert await node.read(start, end - start) == expected
+
+    buffer = _buffer(end - start)
+    outcome = node.try_read_into(start, buffer)
+    if outcome == READ_DATA:
+        assert buffer == expected
+    elif outcome == READ_ZERO:
+        assert not any(expected)
+        assert buffer == _buffer(end - start), "a zero range is not touched"
+    elif outcome == READ_SPLIT:
+        pieces = node.try_read_pieces(start, buffer)
+        if pieces is None:
+            assert any("C" in layer.clusters for layer in layers), "only compressed clusters have to wait here"
+        else:
+            assert sum(length for _, length in pieces) == end - start
+            assert all(first[0] != second[0] for first, second in zip(pieces, pieces[1:], strict=False))
+            zero_pieces(buffer, pieces)
+            assert buffer == expected
+    else:
+        assert outcome == READ_WAIT
+
+
+@pytest.mark.parametrize(
+    ("clusters", "below", "offset", "length", "outcome"),
+    [
+        ("DD", "..", 0, 4, READ_DATA),
+        ("..", "DD", 1, 3, READ_DATA),
+        ("Z.", "D.", 0, 4, READ_ZERO),
+        ("..", "..", 0, 4, READ_ZERO),
+        ("CC", "..", 0, 4, READ_WAIT),
+        ("DZ", "..", 0, 8, READ_SPLIT),
+        ("...", "D", 0, 12, READ_SPLIT),
+    ],
+)
+def test_what_the_first_attempt_tells(clusters: str, below: str, offset: int, length: int, outcome: int) -> None:
+    node = Node([Scripted(clusters, "a"), Scripted(below, "b")])
+    assert node.try_read_into(offset, _buffer(length)) == outcome
+
+
+async def test_a_table_that_is_missing_is_waited_for_and_loaded_once() -> None:
+    layer = Scripted("DDDD", "a", loaded=False)
+    node = Node([layer])
+    assert node.try_read_into(0, _buffer(4)) == READ_WAIT
+    assert await node.read(0, 16) == b"a" * 16
+    assert layer.loads == [0, 8]
+    assert node.try_read_into(0, _buffer(4)) == READ_DATA
+
+
+def test_a_read_of_very_many_pieces_is_left_to_a_task() -> None:
+    node = Node([Scripted("DZ" * MAX_SYNC_PIECES, "a")])
+    assert node.try_read_pieces(0, _buffer(MAX_SYNC_PIECES * CLUSTER)) is not None
+    assert node.try_read_pieces(0, _buffer(2 * MAX_SYNC_PIECES * CLUSTER)) is None
+
+
+async def test_a_storage_that_would_block_makes_the_read_wait() -> None:
+    class Cold(MemoryStorage):
+        def try_read_into(self, offset: int, buffer: memoryview) -> bool:
+            buffer[:] = b"\xdb" * len(buffer)
+            return False
+
+        async def read_into(self, offset: int, buffer: memoryview) -> None:
+            super().try_read_into(offset, buffer)
+
+    node = await raw_node(Cold(b"x" * 1024))
+    assert node.try_read_into(0, _buffer(512)) == READ_WAIT
+    assert node.try_read_pieces(0, _buffer(512)) is None
+    assert await node.read(0, 1024) == b"x" * 1024
+
+
+async def test_requests_of_length_zero_are_served_up_to_the_very_end() -> None:
+    for node in (
+        await raw_node(MemoryStorage(bytes(8192)), unmap=True, detect_zeroes="on"),
+        await overlay(None, 2 * MIB, unmap=True, detect_zeroes="unmap"),
+    ):
+        for offset in (0, 512, node.size):
+            assert await node.read(offset, 0) == b""
+            assert node.try_read_pieces(offset, _buffer(0)) == []
+            await node.write(offset, b"", fua=True)
+            await node.zero(offset, 0)
+            await node.discard(offset, 0)
+            await node.cache(offset, 0)
+
+
+async def test_a_write_that_needs_more_than_the_bytes_is_not_tried() -> None:
+    storage = MemoryStorage(bytes(8192))
+    plain = await raw_node(storage)
+    assert plain.try_write(100, memoryview(b"hello"))
+    assert await plain.read(100, 5) == b"hello"
+    for policy in ({"writethrough": True}, {"guard_probed_raw": True}, {"detect_zeroes": "on"}):
+        node = await raw_node(storage, **policy)
+        assert not node.try_write(100, memoryview(b"HELLO"))
+        assert not node.submit_write(100, memoryview(b"HELLO"), lambda error: None)
+    read_only = Node([RawDriver(storage, 0, 8192, read_only=True)])
+    assert not read_only.try_write(100, memoryview(b"HELLO"))
+    assert await plain.read(100, 5) == b"hello"
+
+
+async def test_writes_in_place_end_where_the_allocated_clusters_end() -> None:
+    node = await overlay(None, MIB)
+    await node.write(4096, b"x" * 8192)
+    data = memoryview(b"y" * 8193)
+    assert node.try_write(4096, data[:8192])
+    assert not node.try_write(4096, data)
+    assert not node.try_write(4095, data[:2])
+    assert not node.try_write(0, data[:1])
+    assert await node.read(4095, 8194) == b"\0" + b"y" * 8192 + b"\0"
+
+
+async def test_only_data_that_stays_in_its_place_is_sent_from_there() -> None:
+    storage = MemoryStorage(bytes(8192), path="base.raw")
+    raw = await raw_node(storage)
+    assert raw.locate_read(512, 1024) == (storage, 512)
+    node = await overlay(storage, 8192)
+    assert node.locate_read(512, 1024) == (storage, 512), "a backing file does not change"
+    await node.write(0, b"x" * 4096)
+    assert node.locate_read(512, 1024) is None, "a cluster may be freed and used for another block"
+    assert node.locate_read(4000, 200) is None
+
+
+async def test_closing_waits_for_the_requests_in_flight() -> None:
+    node = await raw_node(MemoryStorage(bytes(512)))
+    lock = node.locks.shared(0, 512)
+    assert node.locks.try_acquire(lock)
+    closing = asyncio.create_task(node.close())
+    await asyncio.sleep(0.01)
+    assert not closing.done()
+    node.locks.release(lock)
+    await asyncio.wait_for(closing, 1)
+
+
+class Flushes(MemoryStorage):
+    """Counts flushes."""
+
+    flushes = 0
+
+    async def flush(self) -> None:
+        self.flushes += 1
+
+
+@pytest.mark.parametrize("writethrough", [False, True])
+async def test_a_flush_follows_each_change_that_asks_for_it(writethrough: bool) -> None:
+    storage = Flushes(bytes(64 * KIB))
+    node = await raw_node(storage, writethrough=writethrough, unmap=True)
+    await node.write(0, b"x")
+    await node.zero(0, 512)
+    await node.discard(0, 512)
+    assert storage.flushes == (3 if writethrough else 0)
+    storage.flushes = 0
+    await node.write(0, b"x", fua=True)
+    await node.zero(0, 512, fua=True)
+    await node.discard(0, 512, fua=True)
+    assert storage.flushes == 3
+    await node.flush()
+    assert storage.flushes == 4
+
+
+async def test_discard_with_fua_flushes_even_where_discards_are_ignored() -> None:
+    storage = Flushes(b"x" * 4096)
+    node = await raw_node(storage)
+    await node.discard(0, 4096, fua=True)
+    assert storage.flushes == 1
+    assert await node.read(0, 4096) == b"x" * 4096
+
+
+async def test_a_read_only_node_has_nothing_to_flush() -> None:
+    storage = Flushes(bytes(512))
+    await Node([RawDriver(storage, 0, 512, read_only=True)], writethrough=True).flush()
+    assert storage.flushes == 0
+
+
+async def test_caching_reads_everything_and_changes_nothing() -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Watched(MemoryStorage):
+        async def read_into(self, offset: int, buffer: memoryview) -> None:
+            seen.append((offset, len(buffer)))
+
+    node = await raw_node(Watched(size=4 * MIB))
+    await node.cache(100, 2 * MIB + 7)
+    assert seen == [(100, MIB), (100 + MIB, MIB), (100 + 2 * MIB, 7)]
+    await node.cache(0, 0)
+
+
+async def test_every_layer_is_closed_and_the_first_error_is_raised() -> None:
+    closed: list[str] = []
+
+    class Layer(Scripted):
+        async def close(self) -> None:
+            closed.append(self.path)
+            raise OSError(errno.EIO, self.path)
+
+    with pytest.raises(OSError, match="layer a"):
+        await Node([Layer("D", "a"), Layer("D", "b")]).close()
+    assert closed == ["layer a", "layer b"]

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+import pytest
+
+from nbdserve.cli.image.common import full_name, open_layer
+from nbdserve.errors import ConfigError, ImageError
+from nbdserve.storage.file import FileStorage
+
+
+@pytest.mark.parametrize(
+    ("image", "named", "full"),
+    [
+        ("i", "b", "b"),
+        ("d/i", "b", "d/b"),
+        ("/d/i", "../b", "/d/../b"),
+        ("d/i", "/b", "/b"),
+    ],
+)
+def test_a_relative_name_begins_at_the_image(image: str, named: str, full: str) -> None:
+    assert full_name(image, named) == full
+
+
+async def test_a_layer_is_probed_or_opened_as_told(tmp_path: Path) -> None:
+    path = tmp_path / "i"
+    path.write_bytes(b"QFI\xfb\0\0\0\3")
+    with pytest.raises(ImageError):
+        await open_layer(str(path), None)
+    driver = await open_layer(str(path), "raw")
+    assert (driver.name, driver.read_only, driver.storage.read_only) == ("raw", True, True)
+    await driver.storage.close()
+    with pytest.raises(ConfigError):
+        await open_layer(str(path), "nope")
+    await (await FileStorage.open(str(path))).close()  # none of these left the file locked

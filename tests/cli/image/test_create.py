@@ -1,0 +1,125 @@
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from nbdserve.cli.image.create import parse_option_list
+from nbdserve.storage.file import FileStorage
+from tests.cli.image.helpers import image, qemu_img
+from tests.support.images import needs_qemu
+
+
+@needs_qemu
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-f", "qcow2", "i", "10M"],
+        ["-f", "qcow2", "-o", "size=10M,cluster_size=4k", "-o", "lazy_refcounts", "i"],
+        ["-f", "qcow2", "-b", "base.raw", "-F", "raw", "i"],
+        ["-f", "qcow2", "-b", "base.raw", "-F", "raw", "i", "7M"],
+        ["-f", "qcow2", "-o", "backing_file=base.raw,backing_fmt=raw", "i"],
+        ["-f", "qcow2", "-u", "-b", "nosuch", "-F", "qcow2", "i", "7M"],
+        ["-f", "qcow2", "i", "0"],
+        ["-f", "qcow2", "-o", "nocow=on", "i", "1000"],
+        ["-f", "qcow2", "-o", "data_file=d.raw,data_file_raw=on", "i", "1M"],
+        ["i", "1000"],
+        ["-o", "preallocation=full", "i", "1M"],
+    ],
+)
+def test_the_image_is_the_one_qemu_img_makes(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base.raw").write_bytes(bytes(5 << 20))
+    facts = []
+    for run in (lambda: image(monkeypatch, "create", *arguments), lambda: qemu_img("create", *arguments)):
+        ran = run()
+        assert ran.code == 0, ran.err
+        assert ran.out.startswith("Formatting 'i', fmt=")
+        described = qemu_img("info", "-f", "qcow2" if "qcow2" in arguments else "raw", "--output", "json", "i").json()
+        del described["actual-size"]
+        facts.append(described)
+        if "nosuch" not in arguments and "qcow2" in arguments:
+            assert qemu_img("check", "i").code == 0
+        Path("i").unlink()
+    assert facts[0] == facts[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["-f", "qcow2", "i"], "needs a size"),
+        (["-f", "qcow2", "i", "1Q"], "1Q"),
+        (["-f", "qcow2", "-o", "size=1M", "i", "1M"], "only once"),
+        (["-f", "qcow2", "-o", "cluster_size=3000", "i", "1M"], "cluster_size=3000"),
+        (["-f", "qcow2", "-o", "nope=1", "i", "1M"], "'nope'"),
+        (["-f", "qcow2", "-b", "base.raw", "i"], "without backing format"),
+        (["-f", "qcow2", "-F", "raw", "i", "1M"], "without backing file"),
+        (["-f", "qcow2", "-b", "nosuch", "-F", "raw", "i", "1M"], "nosuch"),
+        (["-f", "qcow2", "-b", "base.raw", "-F", "qcow2", "i", "1M"], "base.raw"),
+        (["-f", "qcow2", "-b", "base.raw", "-F", "foo", "i"], "foo"),
+        (["-f", "qcow2", "-u", "-b", "nosuch", "-F", "raw", "i"], "needs a size"),
+        (["-f", "qcow2", "-o", "cluster_size=512", "i", "129G"], "larger cluster_size"),
+        (["-b", "base.raw", "-F", "raw", "i", "1M"], "no backing file"),
+        (["-o", "preallocation=metadata", "i", "1M"], "preallocation=metadata"),
+        (["-f", "vhs", "i", "1M"], "vhs"),
+        (["-f", "qcow2", "-o", "data_file=i", "i", "1M"], "same file"),
+    ],
+)
+@pytest.mark.parametrize("existing", [False, True])
+def test_what_cannot_be_made_leaves_things_as_they_were(
+    arguments: list[str], problem: str, existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base.raw").write_bytes(bytes(1 << 20))
+    if existing:
+        Path("i").write_bytes(b"precious")
+    ours = image(monkeypatch, "create", *arguments)
+    assert (ours.code, ours.out) == (1, "")
+    assert problem in ours.err
+    assert Path("i").read_bytes() == b"precious" if existing else not Path("i").exists()
+
+
+def test_an_image_is_not_its_own_backing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert image(monkeypatch, "create", "-q", "-f", "qcow2", "i", "1M").code == 0
+    ours = image(monkeypatch, "create", "-f", "qcow2", "-b", "i", "-F", "qcow2", "i")
+    assert ours.code == 1
+    assert "same file" in ours.err
+    assert image(monkeypatch, "check", "i").code == 0
+
+
+async def test_a_file_in_use_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "i"
+    path.write_bytes(b"precious")
+    user = await FileStorage.open(str(path))
+    try:
+        ours = await asyncio.to_thread(image, monkeypatch, "create", "-f", "qcow2", path, "1M")
+    finally:
+        await user.close()
+    assert ours.code == 1
+    assert str(path) in ours.err
+    assert path.read_bytes() == b"precious"
+
+
+def test_a_creation_that_fails_half_way_removes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FileStorage, "flush", full)
+    ours = image(monkeypatch, "create", "-f", "qcow2", "-o", "data_file=d", tmp_path / "i", "1M")
+    assert ours.code == 1
+    assert "No space left" in ours.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = image(monkeypatch, "create", "-f", "qcow2", "-o", "help")
+    assert ours.code == 0
+    assert "cluster_size=" in ours.out
+
+
+def test_option_lists() -> None:
+    assert parse_option_list(["a=1,b", "c=x,,y"]) == {"a": "1", "b": "on", "c": "x,y"}
+    assert parse_option_list(["a=1,a=2"]) == {"a": "2"}
+    assert parse_option_list(["a=1", "?"]) is None

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nbdserve.cli.image.map import HAS_DATA, PRESENT, ZEROES, json_lines, merged
+from tests.cli.image.helpers import image, make_chain, qemu_img
+from tests.support.images import needs_qemu
+
+
+@needs_qemu
+def test_what_is_printed_is_what_qemu_img_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in make_chain(tmp_path):
+        name = path.name
+        for part in ([], ["--start-offset", "1000000", "--max-length", "3M"], ["-s", "12M"], ["-l", "0"], ["-s", "2G"]):
+            ours = image(monkeypatch, "map", "--output", "json", *part, name)
+            assert ours.json() == qemu_img("map", "--output", "json", *part, name).json(), (name, part)
+        ours, theirs = image(monkeypatch, "map", name), qemu_img("map", name)
+        assert (ours.code, ours.out) == (theirs.code, theirs.out), name
+
+
+async def test_rows_merge_across_pieces() -> None:
+    async def pieces():  # type: ignore[no-untyped-def]
+        yield np.array([[0, 10, 0, PRESENT | HAS_DATA, 100], [10, 10, 0, PRESENT | HAS_DATA, 110]])
+        yield np.array([[20, 10, 0, PRESENT | HAS_DATA, 120], [30, 5, 0, PRESENT | ZEROES, -1]])
+        yield np.array([[35, 5, 0, PRESENT | ZEROES, -1], [40, 5, 1, PRESENT | ZEROES, -1]])
+
+    found = np.concatenate([part async for part in merged(pieces())])
+    assert found[:, :2].tolist() == [[0, 30], [30, 10], [40, 5]]
+
+
+def test_a_row_has_qemu_imgs_layout() -> None:
+    lines = json_lines(np.array([[0, 512, 1, PRESENT | HAS_DATA, 7], [512, 1, 0, ZEROES, -1]]))
+    assert lines[0] == (
+        '{ "start": 0, "length": 512, "depth": 1, "present": true, "zero": false, "data": true, "offset": 7}'
+    )
+    assert lines[1] == '{ "start": 512, "length": 1, "depth": 0, "present": false, "zero": true, "data": false}'
+
+
+@pytest.mark.parametrize("option", [["--max-length", "5x"], ["--start-offset", "many"]])
+def test_a_bad_size_is_named(option: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "raw").write_bytes(bytes(512))
+    ours = image(monkeypatch, "map", *option, tmp_path / "raw")
+    assert ours.code == 1
+    assert option[1] in ours.err

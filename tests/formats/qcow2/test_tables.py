@@ -1,0 +1,62 @@
+"""Tables in memory: their stored form, and what the cache may drop."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbdserve.formats.qcow2.tables import L2Cache, Table, decode_words, encode_words, sector_runs
+
+
+def test_words_are_big_endian_on_disk() -> None:
+    words = decode_words(bytes(range(16)))
+    assert words.tolist() == [0x0001020304050607, 0x08090A0B0C0D0E0F]
+    assert encode_words(words) == bytes(range(16))
+
+
+@given(st.sets(st.integers(0, 200)))
+def test_sector_runs_cover_exactly_the_sectors(sectors: set[int]) -> None:
+    runs = sector_runs(sectors)
+    assert [sector for first, end in runs for sector in range(first, end)] == sorted(sectors)
+    assert all(one[1] < two[0] for one, two in itertools.pairwise(runs))
+
+
+def test_only_changed_sectors_are_written() -> None:
+    table = Table(4096, np.zeros(512, np.uint64))
+    table.store(3, 1 << 63)
+    table.store(64, 5)
+    table.store(400, 7)
+    pieces = table.pieces(table.dirty)
+    assert [(offset, len(data)) for offset, data in pieces] == [(4096, 1024), (4096 + 6 * 512, 512)]
+    assert pieces[0][1][24:32] == (1 << 63).to_bytes(8, "big")
+
+
+def test_a_table_of_less_than_a_sector_ends_where_it_ends() -> None:
+    table = Table(512, np.zeros(3, np.uint64))
+    table.store(2, 1)
+    assert table.pieces(table.dirty) == [(512, bytes(23) + b"\1")]
+
+
+def test_the_cache_is_bounded_and_keeps_what_differs_from_the_disk() -> None:
+    cache = L2Cache(4096, limit=64 * 1024)
+    cache.create(0, 4096, np.zeros(512, np.uint64)).touch(0, 1)
+    cache.create(1, 4096, np.zeros(512, np.uint64)).pins = 1
+    for index in range(2, 500):
+        cache.create(index, 4096, np.zeros(512, np.uint64))
+    present = [index for index in range(500) if cache.peek(index) is not None]
+    assert present[:2] == [0, 1]
+    assert len(present) <= 20
+    assert 499 in present
+    table = cache.find(0)
+    assert table is not None and table in cache.changed
+
+
+def test_what_is_used_stays() -> None:
+    cache = L2Cache(4096, limit=64 * 1024)
+    cache.create(0, 4096, np.zeros(512, np.uint64))
+    for index in range(1, 100):
+        cache.create(index, 4096, np.zeros(512, np.uint64))
+        assert cache.find(0) is not None

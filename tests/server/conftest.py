@@ -1,0 +1,15 @@
+"""The server is tested on the event loop it runs on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from nbdserve.app import new_event_loop
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-asyncio before 1.4 has no such hook, and tests on asyncio's own loop
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"served": new_event_loop}

@@ -1,0 +1,435 @@
+"""What the conformance suite does not cover: opening, durability, faults and the non-blocking forms."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nbdserve.errors import ConfigError, ImageError
+from nbdserve.extents import DATA
+from nbdserve.storage import blocking
+from nbdserve.storage import file as file_module
+from nbdserve.storage.file import CACHE_MODES, FileStorage, sync_parent
+from nbdserve.storage.pool import worker_pool
+from nbdserve.units import KIB, MIB
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    file = tmp_path / "disk"
+    file.write_bytes(b"a" * 64 * KIB)
+    return str(file)
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+async def test_directory_fifo_socket_and_character_device_are_refused(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for file in (tmp_path, fifo, tmp_path / "socket", Path("/dev/null")):
+            for read_only in (True, False):
+                with pytest.raises(ImageError) as caught:
+                    await asyncio.wait_for(FileStorage.open(str(file), read_only=read_only), 5)
+                assert str(caught.value).startswith(f"{file}: ")
+
+
+async def test_a_missing_file_and_a_strange_name(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="missing: cannot be opened: No such file"):
+        await FileStorage.open(str(tmp_path / "missing"))
+    with pytest.raises(ImageError, match="null byte"):
+        await FileStorage.open("a\0b")
+
+
+async def test_unknown_cache_mode(path: str) -> None:
+    with pytest.raises(ConfigError, match="invalid cache mode 'fast'"):
+        await FileStorage.open(path, cache="fast")
+
+
+@pytest.mark.parametrize("cache", CACHE_MODES)
+async def test_every_cache_mode_reads_and_writes(path: str, cache: str) -> None:
+    storage = await FileStorage.open(path, cache=cache)
+    await storage.write(1000, b"b" * 5000)
+    await storage.flush()
+    assert await storage.read(999, 5002) == b"a" + b"b" * 5000 + b"a"
+    await storage.close()
+
+
+async def test_create_empties_a_file_but_not_one_in_use(path: str) -> None:
+    storage = await FileStorage.open(path)
+    with pytest.raises(ImageError, match="in use"):
+        await FileStorage.open(path, create=True)
+    assert Path(path).stat().st_size == 64 * KIB
+    await storage.close()
+    storage = await FileStorage.open(path, create=True)
+    assert storage.size == 0
+    await storage.close()
+
+
+async def test_a_failed_open_leaves_no_descriptor(path: str) -> None:
+    holder = await FileStorage.open(path)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(ImageError):
+            await FileStorage.open(path)
+        with pytest.raises(ImageError):
+            await FileStorage.open("/dev/null")
+    assert len(os.listdir("/proc/self/fd")) == before
+    await holder.close()
+
+
+async def test_a_cancelled_open_leaves_no_descriptor(path: str) -> None:
+    await worker_pool().run(int)
+    before = len(os.listdir("/proc/self/fd"))
+    for steps in range(6):
+        task = asyncio.create_task(FileStorage.open(path))
+        for _ in range(steps):
+            await asyncio.sleep(0.0005)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await (await task).close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_identity_is_that_of_the_file(path: str) -> None:
+    os.link(path, path + ".link")
+    one = await FileStorage.open(path, read_only=True)
+    other = await FileStorage.open(path + ".link", read_only=True)
+    assert one.identity == other.identity
+    await one.close()
+    await other.close()
+
+
+async def test_from_fd_takes_the_access_mode_of_the_descriptor(path: str) -> None:
+    storage = await FileStorage.from_fd(os.open(path, os.O_RDONLY), path)
+    assert storage.read_only
+    assert storage.size == 64 * KIB
+    await storage.close()
+
+
+async def test_direct_alignment_is_that_of_the_file_system(path: str) -> None:
+    storage = await FileStorage.open(path, cache="none")
+    assert storage.alignment in (1, 512, 1024, 2048, 4096)
+    await storage.close()
+
+
+async def test_sync_parent(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    await sync_parent(path)
+    assert synced == [str(Path(path).parent)]
+
+
+# --- without blocking ------------------------------------------------------------------------------------------------
+
+
+def refuse(number: int, counter: list[int]) -> Callable[..., int]:
+    def call(*_: object) -> int:
+        counter.append(1)
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+async def test_reads_of_cached_pages_need_no_thread(path: str) -> None:
+    storage = await FileStorage.open(path)
+    await storage.read(0, 64 * KIB)
+    buffer = bytearray(4096)
+    if not storage.try_read_into(0, memoryview(buffer)):
+        pytest.skip("this file system has no RWF_NOWAIT")
+    assert buffer == b"a" * 4096
+    await storage.close()
+
+
+async def test_a_file_system_without_nowait_is_asked_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    monkeypatch.setattr(os, "preadv", refuse(errno.EOPNOTSUPP, reads))
+    storage = await FileStorage.open(path)
+    for _ in range(5):
+        assert not storage.try_read_into(0, memoryview(bytearray(10)))
+    assert len(reads) == 1
+    await storage.close()
+
+
+async def test_refused_nowait_writes_are_tried_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: list[int] = []
+    storage = await FileStorage.open(path)
+    monkeypatch.setattr(os, "pwritev", refuse(errno.EOPNOTSUPP, writes))
+    for _ in range(5):
+        assert not storage.try_write(0, b"b")
+    assert len(writes) <= 1
+    await storage.close()
+
+
+async def test_busy_pages_are_tried_again(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[int] = []
+    storage = await FileStorage.open(path)
+    storage._in_memory = False
+    storage._choose_attempts()
+    monkeypatch.setattr(os, "preadv", refuse(errno.EAGAIN, attempts))
+    monkeypatch.setattr(os, "pwritev", refuse(errno.EAGAIN, attempts))
+    for _ in range(3):
+        assert not storage.try_read_into(0, memoryview(bytearray(10)))
+        assert not storage.try_write(0, b"b")
+    assert len(attempts) >= 3
+    await storage.close()
+
+
+async def test_a_partial_attempt_is_no_success(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = await FileStorage.open(path)
+    storage._in_memory = False
+    storage._choose_attempts()
+    monkeypatch.setattr(os, "preadv", lambda *_: 5)
+    monkeypatch.setattr(os, "pwritev", lambda *_: 5)
+    assert not storage.try_read_into(0, memoryview(bytearray(10)))
+    assert not storage.try_write(0, b"b" * 10)
+    await storage.close()
+
+
+# --- durability ------------------------------------------------------------------------------------------------------
+
+
+class Syncs:
+    """Stands for fdatasync: each call waits to be released, and may fail."""
+
+    def __init__(self) -> None:
+        self.started = 0
+        self.released = threading.Semaphore(0)
+        self.error: OSError | None = None
+
+    def __call__(self, fd: int) -> None:
+        self.started += 1
+        assert self.released.acquire(timeout=10)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def syncs(monkeypatch: pytest.MonkeyPatch) -> Syncs:
+    made = Syncs()
+    monkeypatch.setattr(os, "fdatasync", made)
+    return made
+
+
+async def settled(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_flushes_that_come_meanwhile_share_the_next_one(path: str, syncs: Syncs) -> None:
+    storage = await FileStorage.open(path)
+    first = asyncio.create_task(storage.flush())
+    await settled(lambda: syncs.started == 1)
+    others = [asyncio.create_task(storage.flush()) for _ in range(10)]
+    await asyncio.sleep(0.01)
+    assert syncs.started == 1
+    syncs.released.release()
+    await first
+    await settled(lambda: syncs.started == 2)
+    assert not any(other.done() for other in others)
+    syncs.released.release()
+    await asyncio.gather(*others)
+    assert syncs.started == 2
+    await storage.close()
+
+
+async def test_a_cancelled_flush_spares_those_that_share_it(path: str, syncs: Syncs) -> None:
+    storage = await FileStorage.open(path)
+    tasks = [asyncio.create_task(storage.flush()) for _ in range(3)]
+    await settled(lambda: syncs.started == 1)
+    tasks[1].cancel()
+    syncs.released.release(2)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert results[0] is None
+    assert isinstance(results[1], asyncio.CancelledError)
+    assert results[2] is None
+    await storage.close()
+
+
+async def test_a_failed_flush_is_final(path: str, syncs: Syncs) -> None:
+    storage = await FileStorage.open(path)
+    await storage.write(0, b"b")
+    syncs.error = OSError(errno.EIO, "Input/output error")
+    waiting = [asyncio.create_task(storage.flush()) for _ in range(3)]
+    await settled(lambda: syncs.started == 1)
+    syncs.released.release(10)
+    for result in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(result, OSError)
+        assert result.errno == errno.EIO
+    syncs.error = None
+    assert syncs.started == 1
+    for call in (
+        storage.flush,
+        lambda: storage.write(0, b"c"),
+        lambda: storage.write_all([(0, b"c")]),
+        lambda: storage.zero(0, 1),
+        lambda: storage.truncate(0),
+    ):
+        with pytest.raises(OSError, match="a flush failed") as caught:
+            await call()
+        assert caught.value.errno == errno.EIO
+    assert not storage.try_write(0, b"c")
+    assert await storage.read(0, 2) == b"ba"
+    await storage.close()
+
+
+async def test_a_write_covered_by_the_flush_was_written_before_the_sync(path: str, syncs: Syncs) -> None:
+    storage = await FileStorage.open(path)
+    running = asyncio.create_task(storage.flush())
+    await settled(lambda: syncs.started == 1)
+    await storage.write(0, b"late")
+    covering = asyncio.create_task(storage.flush())
+    await asyncio.sleep(0.01)
+    syncs.released.release()
+    await running
+    await asyncio.sleep(0.01)
+    assert not covering.done()
+    syncs.released.release()
+    await covering
+    assert syncs.started == 2
+    await storage.close()
+
+
+async def test_unsafe_and_read_only_do_not_sync(path: str, syncs: Syncs) -> None:
+    for options in ({"cache": "unsafe"}, {"read_only": True}):
+        storage = await FileStorage.open(path, **options)
+        await storage.flush()
+        await storage.close()
+    assert syncs.started == 0
+
+
+async def test_close_waits_for_the_flushes(path: str, syncs: Syncs) -> None:
+    storage = await FileStorage.open(path)
+    flushes = [asyncio.create_task(storage.flush()) for _ in range(2)]
+    await settled(lambda: syncs.started == 1)
+    flushes.append(asyncio.create_task(storage.flush()))
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(storage.close())
+    await asyncio.sleep(0.01)
+    assert not closing.done()
+    syncs.released.release(2)
+    await asyncio.gather(closing, *flushes)
+    assert syncs.started == 2
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+async def test_short_reads_and_writes_are_continued(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    preadv, pwrite = os.preadv, os.pwrite
+    storage = await FileStorage.open(path)
+    monkeypatch.setattr(os, "preadv", lambda fd, views, offset, *flags: preadv(fd, [views[0][:1000]], offset, *flags))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, memoryview(data)[:777], offset))
+    data = os.urandom(20_000)
+    await storage.write(100, data)
+    assert await storage.read(100, 20_000) == data
+    await storage.close()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+async def test_an_error_of_a_write_is_passed_on_and_not_final(
+    path: str, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    storage = await FileStorage.open(path)
+    with monkeypatch.context() as faulty:
+        faulty.setattr(os, "pwrite", refuse(number, []))
+        with pytest.raises(OSError) as caught:
+            await storage.write(0, b"b")
+        assert caught.value.errno == number
+    await storage.write(0, b"b")
+    await storage.flush()
+    await storage.close()
+
+
+async def test_a_growing_write_that_fails_halfway_leaves_the_true_size(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = await FileStorage.open(path)
+    pwrite = os.pwrite
+
+    def full(fd: int, data: bytes, offset: int) -> int:
+        if offset >= 65 * KIB:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(fd, memoryview(data)[: 65 * KIB - offset], offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError):
+        await storage.write(64 * KIB, b"b" * 4096)
+    assert storage.size == 65 * KIB == Path(path).stat().st_size
+    await storage.close()
+
+
+async def test_zero_without_fallocate_writes_or_refuses_fast(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = await FileStorage.open(path)
+    monkeypatch.setattr(blocking, "fallocate", refuse(errno.EOPNOTSUPP, []))
+    with pytest.raises(OSError) as caught:
+        await storage.zero(0, 4096, fast=True)
+    assert caught.value.errno == errno.ENOTSUP
+    assert await storage.read(0, 4096) == b"a" * 4096
+    for unmap in (True, False):
+        await storage.zero(100, 2 * MIB + 5, unmap=unmap)
+        assert storage.size == 2 * MIB + 105
+        assert await storage.read(0, storage.size) == b"a" * 100 + bytes(2 * MIB + 5)
+    await storage.discard(0, 4096)
+    assert await storage.read(0, 100) == b"a" * 100
+    await storage.close()
+
+
+async def test_zero_that_runs_out_of_space_says_so(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = await FileStorage.open(path)
+    monkeypatch.setattr(blocking, "fallocate", refuse(errno.ENOSPC, []))
+    with pytest.raises(OSError) as caught:
+        await storage.zero(0, 4096)
+    assert caught.value.errno == errno.ENOSPC
+    await storage.close()
+
+
+async def test_a_file_system_without_seek_data_is_all_data(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = await FileStorage.open(path)
+    monkeypatch.setattr(os, "lseek", refuse(errno.EINVAL, []))
+    found = await storage.host_map(0, 64 * KIB)
+    assert (found.kind.tolist(), found.length.tolist()) == ([DATA], [64 * KIB])
+    monkeypatch.setattr(os, "lseek", refuse(errno.EIO, []))
+    with pytest.raises(OSError):
+        await storage.host_map(0, 64 * KIB)
+    await storage.close()
+
+
+async def test_a_file_system_without_direct_io_is_named(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fcntl.fcntl
+
+    def no_direct(fd: int, command: int, argument: int = 0) -> int:
+        if command == fcntl.F_SETFL:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return int(real(fd, command, argument))
+
+    monkeypatch.setattr(fcntl, "fcntl", no_direct)
+    monkeypatch.setattr(file_module, "_MEMORY_FILE_SYSTEMS", frozenset())
+    with pytest.raises(ImageError, match=r"no direct I/O.*cache=writeback"):
+        await FileStorage.open(path, cache="none", locking=False)
+
+
+async def test_a_descriptor_number_used_again_is_never_reached(path: str, tmp_path: Path) -> None:
+    storage = await FileStorage.open(path)
+    read, write = storage.try_read_into, storage.try_write
+    await storage.close()
+    other = os.open(tmp_path / "other", os.O_RDWR | os.O_CREAT)
+    try:
+        assert not read(0, memoryview(bytearray(10)))
+        assert not write(0, b"x")
+        assert os.fstat(other).st_size == 0
+    finally:
+        os.close(other)
+    assert await worker_pool().run(int) == 0
