@@ -39,12 +39,14 @@ class ReusedBuffer:
 class BufferPool:
     """Buffers for payloads and replies that outlive a callback.
 
-    Up to 4 MiB they are kept by size class, powers of two from 64 KiB, and used again. Longer ones are anonymous
-    mappings, of which only the pages that were touched take memory: the length is a claim of the peer.
+    Up to 4 MiB they are kept by size class, powers of two from 64 KiB and room for a head, and used again. Longer ones
+    are anonymous mappings, of which only the pages that were touched take memory: the length is a claim of the peer.
     """
 
     SMALLEST: Final = 64 * KIB
     LARGEST_KEPT: Final = 4 * MIB
+    HEAD_ROOM: Final = 4 * KIB
+    """Payloads are powers of two behind a head: without this each would take, and zero, twice its size."""
 
     def __init__(self, max_spare_bytes: int) -> None:
         self._max_spare_bytes = max_spare_bytes
@@ -53,9 +55,9 @@ class BufferPool:
 
     def take(self, length: int) -> bytearray | mmap.mmap:
         """A buffer of at least ``length`` bytes, content undefined."""
-        if length > self.LARGEST_KEPT:
+        if length > self.LARGEST_KEPT + self.HEAD_ROOM:
             return mmap.mmap(-1, length)
-        size = max(self.SMALLEST, 1 << (length - 1).bit_length())
+        size = max(self.SMALLEST, 1 << max(0, length - self.HEAD_ROOM - 1).bit_length()) + self.HEAD_ROOM
         spare = self._spare.get(size)
         if spare:
             self._spare_bytes -= size

@@ -33,12 +33,20 @@ def test_recycled_buffers_come_back_and_few_are_kept() -> None:
 
 @pytest.mark.parametrize(
     ("length", "size"),
-    [(0, 64 * KIB), (1, 64 * KIB), (64 * KIB, 64 * KIB), (64 * KIB + 1, 128 * KIB), (3 * MIB, 4 * MIB)],
+    [
+        (0, 64 * KIB),
+        (1, 64 * KIB),
+        (64 * KIB, 64 * KIB),
+        (64 * KIB + 32, 64 * KIB),
+        (64 * KIB + BufferPool.HEAD_ROOM + 1, 128 * KIB),
+        (3 * MIB, 4 * MIB),
+        (4 * MIB + 32, 4 * MIB),
+    ],
 )
-def test_buffers_come_in_powers_of_two(length: int, size: int) -> None:
+def test_a_power_of_two_and_its_head_fit_without_waste(length: int, size: int) -> None:
     data = BufferPool(MIB).take(length)
     assert isinstance(data, bytearray)
-    assert len(data) == size
+    assert len(data) == size + BufferPool.HEAD_ROOM
 
 
 def test_a_claimed_length_takes_no_memory_before_it_is_used() -> None:
@@ -57,7 +65,7 @@ def test_a_given_buffer_is_taken_again_once() -> None:
 
 
 def test_the_pool_keeps_no_more_than_its_limit() -> None:
-    pool = BufferPool(256 * KIB)
+    pool = BufferPool(272 * KIB)
     taken = [pool.take(128 * KIB) for _ in range(5)]
     for data in taken:
         pool.give(data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,9 +52,7 @@ def test_merging_changes_no_byte_and_leaves_nothing_to_merge(runs: list[tuple[in
     after = before.coalesced()
     assert _units(after) == _units(before)
     rows = _rows(after)
-    for (start, length, kind, host_offset), (next_start, _, next_kind, next_host_offset) in zip(
-        rows, rows[1:], strict=False
-    ):
+    for (start, length, kind, host_offset), (next_start, _, next_kind, next_host_offset) in pairwise(rows):
         assert next_start == start + length
         joined = next_host_offset == host_offset + length if host_offset >= 0 else next_host_offset < 0
         assert kind == COMPRESSED or kind != next_kind or not joined

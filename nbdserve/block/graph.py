@@ -107,6 +107,8 @@ async def _open_layer(
 ) -> FormatDriver:
     driver = driver_for(name)
     options: dict[str, Any] = {"discard": spec.discard}
+    if isinstance(spec.backing, ImageSpec):
+        options["has_backing"] = True
     if name == "raw":
         options |= {"offset": spec.offset, "size": spec.size}
     elif spec.offset or spec.size is not None:

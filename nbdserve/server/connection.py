@@ -22,12 +22,18 @@ log = logging.getLogger(__name__)
 class Connection(asyncio.BufferedProtocol):
     """Bytes arrive in the shared receive buffer, go through the handshake, then through the session."""
 
-    def __init__(self, server: Server, peer: str) -> None:
+    def __init__(self, server: Server, peer: str, output: socket.socket) -> None:
+        """``output`` is a duplicate of the socket, to send on; the connection closes it."""
         self.peer = peer
         self.session: Session | None = None
         self._server = server
         self._transport: asyncio.Transport
-        self._output: Output
+        output.setblocking(False)
+        if output.family == socket.AF_UNIX:
+            output.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        else:  # the kernel sizes the buffer of a TCP socket as it goes
+            output.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._output = Output(output, asyncio.get_running_loop(), self._drained, self._failed)
         self._handshake: ServerHandshake | None = None
         self.lost = False
 
@@ -35,15 +41,6 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
-        loop = asyncio.get_running_loop()
-        sock: socket.socket = transport.get_extra_info("socket")
-        duplicate = socket.fromfd(sock.fileno(), sock.family, sock.type)
-        duplicate.setblocking(False)
-        if duplicate.family == socket.AF_UNIX:
-            duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        else:  # the kernel sizes the buffer of a TCP socket as it goes
-            duplicate.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._output = Output(duplicate, loop, self._drained, self._failed)
         self._handshake = ServerHandshake(self._server.exports, shutting_down=lambda: self._server.stopping)
         self._output.send(self._handshake.greeting())
 
@@ -59,12 +56,8 @@ class Connection(asyncio.BufferedProtocol):
                 self.session.process()
             else:
                 self._negotiate(bytes(self._server.buffers.receive.view[:nbytes]))
-        except ProtocolError as error:
-            log.info("%s: dropped: %s", self.peer, error)
-            self.abort()
-        except Exception:
-            log.exception("%s: dropped by an unforeseen error", self.peer)
-            self.abort()
+        except Exception as error:
+            self._drop(error)
 
     def eof_received(self) -> bool:
         if self.session is None:
@@ -103,6 +96,7 @@ class Connection(asyncio.BufferedProtocol):
             self._server.buffers,
             set_reading=self._set_reading,
             on_idle=self._session_idle,
+            on_error=self._drop,
         )
         self.session = session
         self._server.entered(self)
@@ -120,13 +114,16 @@ class Connection(asyncio.BufferedProtocol):
 
     def _drained(self) -> None:
         if self.session is not None:
-            try:
-                self.session.resume()
-            except ProtocolError as error:
-                log.info("%s: dropped: %s", self.peer, error)
-                self.abort()
+            self.session.resume()
         elif self._handshake is None or self._transport.is_closing():
             self._transport.close()
+
+    def _drop(self, error: Exception) -> None:
+        if isinstance(error, ProtocolError):
+            log.info("%s: dropped: %s", self.peer, error)
+        else:
+            log.error("%s: dropped by an unforeseen error", self.peer, exc_info=error)
+        self.abort()
 
     def _failed(self, error: OSError) -> None:
         log.debug("%s: %s", self.peer, error)

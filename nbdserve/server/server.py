@@ -90,6 +90,11 @@ class Server:
                 return
             try:
                 sock, address = listener.accept()
+                try:
+                    output = sock.dup()
+                except OSError:
+                    sock.close()
+                    raise
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
@@ -101,29 +106,33 @@ class Server:
                 return
             peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "unix client"
             self._connecting += 1
-            task = asyncio.get_running_loop().create_task(self._connect(sock, peer))
+            task = asyncio.get_running_loop().create_task(self._connect(sock, output, peer))
             task.add_done_callback(lambda done: done.exception())
 
-    async def _connect(self, sock: socket.socket, peer: str) -> None:
+    async def _connect(self, sock: socket.socket, output: socket.socket, peer: str) -> None:
         sock.setblocking(False)
-        connection = Connection(self, peer)
         loop = asyncio.get_running_loop()
         try:
+            connection = Connection(self, peer, output)
             await loop.connect_accepted_socket(lambda: connection, sock)
         except OSError as error:
             log.debug("%s: gone before it was served: %s", peer, error)
             sock.close()
+            output.close()
             return
         finally:
             self._connecting -= 1
             self._resume_accepting()
+        if self.stopping:
+            connection.abort()
+        if connection.session is not None or connection.lost or self.stopping:
+            return
         while len(self._negotiating) >= self.limits.max_handshakes:
             oldest = next(iter(self._negotiating))
             log.info("%s: dropped: %d clients are in negotiation", oldest.peer, self.limits.max_handshakes)
             self._negotiating.pop(oldest).cancel()
             oldest.abort()
-        if connection.session is None and not connection.lost:
-            self._negotiating[connection] = loop.call_later(self.limits.handshake_seconds, self._too_slow, connection)
+        self._negotiating[connection] = loop.call_later(self.limits.handshake_seconds, self._too_slow, connection)
 
     def _too_slow(self, connection: Connection) -> None:
         log.info("%s: dropped: no handshake in %g seconds", connection.peer, self.limits.handshake_seconds)

@@ -16,7 +16,7 @@ from typing import Any, Final
 from nbdserve.block.node import READ_DATA, READ_SPLIT, READ_WAIT, READ_ZERO, Node
 from nbdserve.block.pieces import Piece, zero_pieces
 from nbdserve.buffers import BufferPool, ReusedBuffer
-from nbdserve.errors import RequestError, errno_of
+from nbdserve.errors import ProtocolError, RequestError, errno_of
 from nbdserve.exports.export import Export
 from nbdserve.protocol.codec import (
     SIMPLE,
@@ -63,7 +63,11 @@ _SEND_FILE_FROM: Final = 32 * KIB
 """Data this long is sent from the page cache; below it, two system calls more cost what the copy does."""
 MAX_IN_FLIGHT: Final = 64
 """Requests of one client that wait for the disk at a time; further ones wait in the socket."""
-MAX_IN_FLIGHT_BYTES: Final = 64 * MIB
+MAX_IN_FLIGHT_BYTES: Final = 48 * MIB
+"""A client that takes no reply costs this and a little more, below 64 MiB in all."""
+
+_MAX_CACHED: Final = 256 * MIB
+"""Read for one CACHE, a hint: without this 28 bytes from a client that then leaves keep a disk busy for hours."""
 
 
 class Buffers:
@@ -76,7 +80,11 @@ class Buffers:
 
 
 class Session:
-    """One client and one export. ``on_idle`` is called when nothing is in flight after ``finish``."""
+    """One client and one export.
+
+    ``on_idle`` is called when nothing is in flight after ``finish``; ``on_error`` with what ``process`` would raise,
+    when it is met while work ends (ProtocolError: the connection is to be dropped).
+    """
 
     def __init__(
         self,
@@ -87,6 +95,7 @@ class Session:
         *,
         set_reading: Callable[[bool], None],
         on_idle: Callable[[], None],
+        on_error: Callable[[Exception], None],
     ) -> None:
         self.export = export
         self.node: Node = export.node
@@ -100,6 +109,7 @@ class Session:
         self._scratch = buffers.scratch
         self._set_reading = set_reading
         self._on_idle = on_idle
+        self._on_error = on_error
         self.rules = RequestRules(self.size, negotiated.flags, self.mode, bool(self.contexts))
         self.parser = RequestParser(self.rules, self.mode, buffers.receive, self._take_payload)
         self._head_size = read_head_size(self.mode)
@@ -132,7 +142,11 @@ class Session:
                 if output.backlog or self._in_flight >= MAX_IN_FLIGHT or self._in_flight_bytes >= MAX_IN_FLIGHT_BYTES:
                     self._stop(requests)
                     return
-            batch = parser.next_batch()
+            try:
+                batch = parser.next_batch()
+            except ProtocolError:
+                self._send()  # what came before is answered
+                raise
             if not batch:
                 break
             requests = iter(batch)
@@ -158,9 +172,14 @@ class Session:
 
     def resume(self) -> None:
         """Room may have come free: go on where ``process`` stopped."""
-        if not self._reading and not self._output.backlog and not self._finished:
-            self.parser.reload()
-            self.process()
+        # While draining, what waited for room is answered too: ESHUTDOWN.
+        if not self._reading and not self._output.backlog and (self.draining or not self._finished):
+            try:
+                self.parser.reload()
+                self.process()
+            except Exception as error:
+                self._on_error(error)
+                return
         self._check_idle()
 
     def finish(self) -> None:
@@ -211,6 +230,9 @@ class Session:
     # --- reads -----------------------------------------------------------------------------------------------------
 
     def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        if not length:  # drivers are asked for one byte at least: at the very end of the disk they have none
+            self._append(final_reply(self.mode, cookie, offset))
+            return
         if length >= _SEND_FILE_FROM and self._try_send_file(cookie, offset, length):
             return
         start = self._position + self._head_size
@@ -227,12 +249,12 @@ class Session:
             outcome = self.node.try_read_into(offset, view)
         except RequestError:
             outcome = READ_WAIT  # a corrupt mapping: the task meets it again and replies
-        if outcome == READ_DATA and length:
+        if outcome == READ_DATA:
             self._pack_head(self._scratch.data, start - self._head_size, cookie, offset, length)
             self._position = end
             if end >= _SEND_AT:
                 self._send()
-        elif outcome == READ_ZERO or not length:
+        elif outcome == READ_ZERO:
             self._reply_pieces(flags, cookie, offset, view, [(True, length)])
         elif outcome == READ_SPLIT and (pieces := self._try_read_pieces(offset, view)) is not None:
             self._reply_pieces(flags, cookie, offset, view, pieces)
@@ -264,9 +286,7 @@ class Session:
     def _reply_pieces(self, flags: int, cookie: int, offset: int, view: memoryview, pieces: list[Piece]) -> None:
         """Reply to a read whose data is already in place in the scratch buffer, but for its zeroes."""
         length = len(view)
-        if not length:
-            self._append(final_reply(self.mode, cookie, offset))
-        elif self.mode == SIMPLE or (len(pieces) > 1 and (flags & CMD_FLAG_DF or length <= 16 * KIB)):
+        if self.mode == SIMPLE or (len(pieces) > 1 and (flags & CMD_FLAG_DF or length <= 16 * KIB)):
             # A few sectors of zeroes cost less as bytes than as chunks of their own.
             zero_pieces(view, pieces)
             self._pack_head(self._scratch.data, self._position, cookie, offset, length)
@@ -378,7 +398,7 @@ class Session:
         await self.node.discard(offset, length, fua=bool(flags & CMD_FLAG_FUA))
 
     async def _cache(self, flags: int, offset: int, length: int) -> None:
-        await self.node.cache(offset, length)
+        await self.node.cache(offset, min(length, _MAX_CACHED))
 
     async def _write_zeroes(self, flags: int, offset: int, length: int) -> None:
         await self.node.zero(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -60,12 +60,6 @@ def write_fully(fd: int, offset: int, data: ReadBuffer) -> None:
             if count == 0:
                 raise OSError(errno.EIO, "the kernel wrote nothing")
             done += count
-
-
-def write_all(write: FullWrite, fd: int, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
-    """``write`` every ``(offset, data)``."""
-    for offset, data in pieces:
-        write(fd, offset, data)
 
 
 def write_zeroes(write: FullWrite, fd: int, offset: int, length: int) -> None:

@@ -14,9 +14,10 @@ from typing import Final, Self, TypeVar, TypeVarTuple
 
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.extents import RunArray
-from nbdserve.storage import blocking
+from nbdserve.storage import aio, blocking
 from nbdserve.storage.base import ReadBuffer, Storage
 from nbdserve.storage.direct import DirectFile
+from nbdserve.storage.inline import InlineWrites
 from nbdserve.storage.locks import lock_image
 from nbdserve.storage.pool import JobFuture, worker_pool
 from nbdserve.storage.syscalls import (
@@ -79,6 +80,8 @@ class FileStorage(Storage):
         self._pool = worker_pool()
         self._failure: str | None = None
         self._running = 0
+        self._changing = 0
+        """Jobs under way that write or sync."""
         self._closed = False
         self._quiet: JobFuture[None] | None = None
         self._flushing = False
@@ -205,8 +208,12 @@ class FileStorage(Storage):
             return False
         except OSError as error:
             if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
-                self._forbid_try_write()
+                self._inline = InlineWrites()
+                self.try_write = self._try_write_inline  # type: ignore[method-assign]
             return False
+
+    def _try_write_inline(self, offset: int, data: ReadBuffer) -> bool:
+        return not self._changing and self._inline.try_write(self._fd, offset, data, self.size)
 
     def _try_read_memory(self, offset: int, buffer: memoryview) -> bool:
         try:
@@ -263,6 +270,15 @@ class FileStorage(Storage):
         finally:
             self._ended()
 
+    async def _change(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
+        """``_run`` for what modifies the file."""
+        self._check_writable()
+        self._changing += 1
+        try:
+            return await self._run(fn, *args)
+        finally:
+            self._changing -= 1
+
     def _ended(self) -> None:
         self._running -= 1
         if not self._running and self._quiet is not None:
@@ -278,17 +294,15 @@ class FileStorage(Storage):
         await self._run(self._read_fully, self._fd, offset, buffer)
 
     async def write(self, offset: int, data: ReadBuffer) -> None:
-        self._check_writable()
         try:
-            await self._run(self._write_fully, self._fd, offset, data)
+            await self._change(self._write_fully, self._fd, offset, data)
         finally:
             if offset + len(data) > self.size:
                 self._measure()
 
     async def write_all(self, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
-        self._check_writable()
         try:
-            await self._run(blocking.write_all, self._write_fully, self._fd, pieces)
+            await self._change(aio.write_all, self._write_fully, self._fd, pieces)
         finally:
             self._measure()
 
@@ -297,7 +311,7 @@ class FileStorage(Storage):
         if length == 0:
             return
         try:
-            await self._run(self._zero, self._fd, offset, length, unmap, fast)
+            await self._change(self._zero, self._fd, offset, length, unmap, fast)
         finally:
             if offset + length > self.size:
                 self._measure()
@@ -330,7 +344,7 @@ class FileStorage(Storage):
         self._check_writable()
         length = min(length, self.size - offset)
         if length > 0:
-            await self._run(self._discard, self._fd, offset, length)
+            await self._change(self._discard, self._fd, offset, length)
 
     def _discard(self, fd: int, offset: int, length: int) -> None:
         with self._gate(offset, length):
@@ -347,7 +361,7 @@ class FileStorage(Storage):
                 raise OSError(errno.EINVAL, f"{self.path}: a block device cannot grow")
             return
         try:
-            await self._run(self._truncate, self._fd, size)
+            await self._change(self._truncate, self._fd, size)
         finally:
             self._measure()
 
@@ -385,10 +399,12 @@ class FileStorage(Storage):
         assert joined is not None
         self._flushing = True
         self._running += 1
+        self._changing += 1
         self._pool.submit(os.fdatasync, (self._fd,), partial(self._flushed, joined))
 
     def _flushed(self, joined: JobFuture[None], _: None, error: BaseException | None) -> None:
         self._flushing = False
+        self._changing -= 1
         if error is not None:
             # The kernel reports a lost page once and marks it clean: a second fdatasync would succeed without it.
             self._failure = f"{self.path}: a flush failed ({error}), data may be lost: reopen the image"

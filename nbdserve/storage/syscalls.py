@@ -22,6 +22,10 @@ _BLKSSZGET: Final = 0x1268
 _BLKDISCARD: Final = 0x1277
 _BLKZEROOUT: Final = 0x127F
 
+# The numbers below 424 differ between machines; those from there on do not.
+_SYS_IO_SETUP, _SYS_IO_SUBMIT, _SYS_IO_GETEVENTS = {"x86_64": (206, 209, 208), "aarch64": (0, 2, 4)}.get(
+    os.uname().machine, (-1, -1, -1)
+)
 _SYS_OPENAT2: Final = 437
 _SYS_CACHESTAT: Final = 451
 _STATX_DIOALIGN: Final = 0x2000
@@ -81,6 +85,34 @@ def cached_pages(fd: int, offset: int, length: int) -> int:
     if _libc.syscall(_SYS_CACHESTAT, fd, _cachestat_range, _cachestat_result, 0) != 0:
         _raise_errno()
     return _cachestat_result[0]
+
+
+def io_setup(max_requests: int) -> ctypes.c_ulong:
+    """An AIO context, io_setup(2); OSError where there is none: ENOSYS, EPERM in a sandbox, EAGAIN past aio-max-nr."""
+    context = ctypes.c_ulong(0)
+    if _libc.syscall(_SYS_IO_SETUP, max_requests, ctypes.byref(context)) != 0:
+        _raise_errno()
+    return context
+
+
+def io_submit(context: ctypes.c_ulong, requests: ctypes.Array[ctypes.c_void_p], count: int) -> int:
+    """io_submit(2): start the first ``count`` of ``requests`` (addresses of struct iocb); how many were taken."""
+    taken: int = _libc.syscall(_SYS_IO_SUBMIT, context, ctypes.c_long(count), requests)
+    if taken < 0:
+        _raise_errno()
+    return taken
+
+
+def io_collect(context: ctypes.c_ulong, count: int, events: ctypes.Array[ctypes.c_char]) -> None:
+    """io_getevents(2): wait until ``count`` requests are complete, and store their struct io_event in ``events``."""
+    done = 0
+    while done < count:
+        address = ctypes.byref(events, done * 32)
+        wanted = ctypes.c_long(count - done)
+        result = _libc.syscall(_SYS_IO_GETEVENTS, context, wanted, wanted, address, None)
+        if result < 0 and ctypes.get_errno() != 4:  # EINTR
+            _raise_errno()
+        done += max(result, 0)
 
 
 def openat2(directory_fd: int, path: str, flags: int, resolve: int) -> int:

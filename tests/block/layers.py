@@ -48,7 +48,7 @@ class Scripted(FormatDriver):
         return ImageInfo("scripted", self.size)
 
     def lookup(self, offset: int, length: int) -> Run | None:
-        assert 0 < length
+        assert length > 0
         assert 0 <= offset < offset + length <= self.size, "a driver is asked inside its size only"
         index = offset // CLUSTER
         if index // 2 not in self.tables:
@@ -71,9 +71,10 @@ class Scripted(FormatDriver):
                 if bounds[-1] < end:
                     bounds.append(min(end, bounds[-1] - bounds[-1] % CLUSTER + CLUSTER))
             starts = np.array(bounds[:-1], np.int64)
+            lengths = np.array(bounds[1:], np.int64) - starts
             kinds = np.array([_KINDS[self.clusters[at // CLUSTER]] for at in bounds[:-1]], np.uint8)
             places = np.where(kinds == COMPRESSED, starts - starts % CLUSTER, np.where(kinds == DATA, starts, -1))
-            yield RunArray(starts, np.diff(np.array(bounds, np.int64)), kinds, places)
+            yield RunArray(starts, lengths, kinds, places)
             start = bounds[-1]
 
     async def close(self) -> None:

@@ -6,15 +6,16 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nbdserve.block.graph import MAX_CHAIN_DEPTH, open_image
 from nbdserve.block.spec import ImageSpec
 from nbdserve.errors import ConfigError, ImageError, RequestError
+from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.storage.file import FileStorage
 from nbdserve.storage.roots import ImageRoots
-from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.units import KIB, MIB
 from tests.support.images import create, needs_qemu, qemu_io, run
 
@@ -40,8 +41,8 @@ def _raw(path: Path, fill: bytes, size: int = SIZE) -> Path:
     return path
 
 
-def _spec(path: Path, fmt: str | None = "qcow2", **fields: object) -> ImageSpec:
-    return dataclasses.replace(ImageSpec(str(path), fmt), **fields)  # type: ignore[arg-type]
+def _spec(path: Path, fmt: str | None = "qcow2", **fields: Any) -> ImageSpec:
+    return dataclasses.replace(ImageSpec(str(path), fmt), **fields)
 
 
 Snapshot = dict[Path, tuple[bytes, int]]
@@ -260,7 +261,7 @@ async def test_a_snapshot_is_served_read_only_and_an_unknown_one_is_refused(tmp_
 
 
 @pytest.mark.parametrize("fields", [{"offset": 512}, {"size": 512}])
-async def test_a_window_is_for_raw_images_only(tmp_path: Path, fields: dict[str, int]) -> None:
+async def test_a_window_is_for_raw_images_only(tmp_path: Path, fields: dict[str, Any]) -> None:
     path = await _make(tmp_path / "disk.qcow2")
     assert "raw" in await _refused(tmp_path, _spec(path, **fields), kind=ConfigError)
 

@@ -15,7 +15,7 @@ from tests.block.test_chain import chains
 _KINDS = {"D": DATA, "Z": ZERO, ".": UNALLOCATED, "C": COMPRESSED}
 
 
-def _decides(layers: list[Scripted], offset: int) -> tuple[int, int]:
+def decides(layers: list[Scripted], offset: int) -> tuple[int, int]:
     """``(depth, kind)`` of a guest byte."""
     depth = 0
     for depth, layer in enumerate(layers):
@@ -39,7 +39,7 @@ async def test_the_map_tells_of_every_byte_which_layer_decides(layers: list[Scri
             assert at == position
             assert length > 0
             for offset in range(at, at + length):
-                assert (depth, kind) == _decides(layers, offset), offset
+                assert (depth, kind) == decides(layers, offset), offset
             if kind == DATA:
                 assert host_offset == at, "these layers are mapped one to one"
             elif kind == COMPRESSED:

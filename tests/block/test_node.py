@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -54,7 +55,7 @@ async def test_both_forms_of_a_read_give_the_guest_content(layers: list[Scripted
             assert any("C" in layer.clusters for layer in layers), "only compressed clusters have to wait here"
         else:
             assert sum(length for _, length in pieces) == end - start
-            assert all(first[0] != second[0] for first, second in zip(pieces, pieces[1:], strict=False))
+            assert all(first[0] != second[0] for first, second in pairwise(pieces))
             zero_pieces(buffer, pieces)
             assert buffer == expected
     else:

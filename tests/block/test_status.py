@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from nbdserve.storage.memory import PAGE_SIZE, MemoryStorage
 from nbdserve.units import GIB, KIB, TIB
 from tests.block.layers import Scripted, guest, overlay, raw_node
 from tests.block.test_chain import chains
-from tests.block.test_mapping import _decides as decides
+from tests.block.test_mapping import decides
 
 BOTH: list[Projection] = [allocation_flags, depth_values]
 ZEROES = HOLE | READS_ZERO
@@ -34,7 +35,7 @@ async def test_every_extent_is_true_of_every_byte(layers: list[Scripted], limit:
     for extents in lists:
         assert 1 <= len(extents) <= limit
         assert all(size > 0 for size, _ in extents)
-        assert all(first[1] != second[1] for first, second in zip(extents, extents[1:], strict=False)), "merged"
+        assert all(first[1] != second[1] for first, second in pairwise(extents)), "merged"
     for flags, depth, extents in ((True, False, lists[0]), (False, True, lists[1])):
         position = start
         for size, status in extents:

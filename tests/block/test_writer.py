@@ -145,7 +145,7 @@ async def test_what_is_being_written_is_not_seen_before_it_is_there() -> None:
     await asyncio.sleep(0.01)
     buffer = memoryview(bytearray(3))
     node.try_read_into(0, buffer)
-    assert buffer == b"bbb"
+    assert bytes(buffer) == b"bbb"
     storage.go.set()
     await client.all_ended()
     assert await node.read(0, 4) == b"newb"

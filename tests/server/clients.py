@@ -184,8 +184,7 @@ class Client:
 
     def _take(self, data: bytes) -> None:
         for event in self.transmission.receive(data):
-            if isinstance(event, Failed):
-                raise AssertionError(f"the server broke the protocol: {event.error}")
+            assert not isinstance(event, Failed), f"the server broke the protocol: {event.error}"
             self._replies[event.cookie] = event
             self._order.append(event.cookie)
 

@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-
-from nbdserve.app import new_event_loop
+import uvloop
 
 
 @pytest.hookimpl(optionalhook=True)  # pytest-asyncio before 1.4 has no such hook, and tests on asyncio's own loop
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    return {"served": new_event_loop}
+    return {"uvloop": uvloop.new_event_loop}

@@ -64,7 +64,7 @@ async def test_bytes_arrive_in_order_whatever_way_they_were_sent(pair: Pair) -> 
         expected += data
         if number % 4 == 0:
             buffer = bytearray(data)
-            pair.output.send(buffer)
+            pair.output.send(memoryview(buffer))
             buffer[:] = bytes(length)
         elif number % 4 == 1:
             scratch.view[:length] = data
@@ -136,7 +136,7 @@ async def test_sending_to_a_peer_that_is_gone_is_reported_once(pair: Pair) -> No
     assert pair.drained == 0
 
 
-# --- straight from a storage ------------------------------------------------------------------------------------------
+# --- straight from a storage -----------------------------------------------------------------------------------------
 
 
 class Sendable(MemoryStorage):
