@@ -20,7 +20,8 @@ DATA: Final = 0
 ZERO: Final = 1
 """The layer decides: the bytes are zeroes. ``host_offset`` is the reserved space behind them, or -1."""
 UNALLOCATED: Final = 2
-"""The layer does not decide: the backing layer does, or zeroes where there is none. ``host_offset`` is -1."""
+"""The layer does not decide: the backing layer does, or zeroes where there is none. ``host_offset`` is -1, but in a
+RunArray it may be space reserved for the range (the rest of a cluster of which only some subclusters are allocated)."""
 COMPRESSED: Final = 3
 """The layer holds the bytes compressed (``read_compressed``). ``host_offset``: where the stored form begins."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
+from nbdserve.block.window import NodeStorage
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.probe import probe
@@ -28,9 +30,12 @@ async def open_image(spec: ImageSpec, roots: ImageRoots | None = None) -> Node:
     ``roots`` bound the files that headers may name; by default the directory of the image and below. Raises ImageError
     naming the file at fault; nothing stays open then, and nothing was modified.
     """
+    roots = roots or ImageRoots.of_image(spec.path)
+    if spec.format != "raw" and (spec.offset or spec.size is not None):
+        spec = await _window(spec, roots)
     layers: list[FormatDriver] = []
     try:
-        probed_raw = await _open_layers(spec, roots or ImageRoots.of_image(spec.path), layers)
+        probed_raw = await _open_layers(spec, roots, layers)
         if spec.overlay:
             layers.insert(0, await _temporary_overlay(layers[0]))
     except BaseException:
@@ -47,10 +52,40 @@ async def open_image(spec: ImageSpec, roots: ImageRoots | None = None) -> Node:
     )
 
 
+async def _window(spec: ImageSpec, roots: ImageRoots) -> ImageSpec:
+    """What to open for a window of an image not said to be raw: if it is not, a raw image on the disk of that one."""
+    name = spec.format
+    if name is None:
+        storage = await _open_storage(spec, roots, read_only=True)
+        try:
+            name = await probe(storage)
+        finally:
+            await storage.close()
+        if name == "raw":
+            return spec
+    return ImageSpec(
+        spec.path,
+        "raw",
+        read_only=spec.read_only or spec.snapshot is not None,
+        offset=spec.offset,
+        size=spec.size,
+        cache=spec.cache,
+        discard=spec.discard,
+        detect_zeroes=spec.detect_zeroes,
+        file=replace(spec, format=name, offset=0, size=None, detect_zeroes="off"),
+    )
+
+
+async def _open_storage(spec: ImageSpec, roots: ImageRoots, *, read_only: bool) -> Storage:
+    if spec.file is not None:
+        return NodeStorage(await open_image(replace(spec.file, read_only=spec.file.read_only or read_only), roots))
+    return await FileStorage.open(spec.path, read_only=read_only, cache=spec.cache, force_share=spec.force_share)
+
+
 async def _open_layers(spec: ImageSpec, roots: ImageRoots, layers: list[FormatDriver]) -> bool:
     """Append the layers from ``spec`` down; whether the first one was probed to be raw."""
     read_only = spec.read_only or spec.overlay or spec.snapshot is not None
-    storage = await FileStorage.open(spec.path, read_only=read_only, cache=spec.cache, force_share=spec.force_share)
+    storage = await _open_storage(spec, roots, read_only=read_only)
     probed_raw = False
     seen: dict[tuple[int, int], str] = {}
     while True:
@@ -70,7 +105,7 @@ async def _open_layers(spec: ImageSpec, roots: ImageRoots, layers: list[FormatDr
         read_only = True
         if isinstance(spec.backing, ImageSpec):
             spec = spec.backing
-            storage = await FileStorage.open(spec.path, read_only=True, cache=spec.cache, force_share=spec.force_share)
+            storage = await _open_storage(spec, roots, read_only=True)
         else:
             assert layer.backing is not None
             if layer.backing.format is None:
@@ -89,10 +124,11 @@ async def _open_layers(spec: ImageSpec, roots: ImageRoots, layers: list[FormatDr
             )
 
 
-def _refuse_loop(storage: FileStorage, seen: dict[tuple[int, int], str], layers: list[FormatDriver]) -> None:
-    if storage.identity in seen:
-        raise ImageError(storage.path, "the chain loops: this file is already a layer of it", field="backing file")
-    seen[storage.identity] = storage.path
+def _refuse_loop(storage: Storage, seen: dict[tuple[int, int], str], layers: list[FormatDriver]) -> None:
+    if isinstance(storage, FileStorage):  # a header names files only, so no loop goes through a disk of an image
+        if storage.identity in seen:
+            raise ImageError(storage.path, "the chain loops: this file is already a layer of it", field="backing file")
+        seen[storage.identity] = storage.path
     if len(layers) >= MAX_CHAIN_DEPTH:
         raise ImageError(
             layers[0].path,
@@ -103,16 +139,16 @@ def _refuse_loop(storage: FileStorage, seen: dict[tuple[int, int], str], layers:
 
 
 async def _open_layer(
-    storage: FileStorage, name: str, spec: ImageSpec, roots: ImageRoots, *, read_only: bool
+    storage: Storage, name: str, spec: ImageSpec, roots: ImageRoots, *, read_only: bool
 ) -> FormatDriver:
-    driver = driver_for(name)
+    driver = driver_for(name, storage.path)
     options: dict[str, Any] = {"discard": spec.discard}
     if isinstance(spec.backing, ImageSpec):
         options["has_backing"] = True
     if name == "raw":
         options |= {"offset": spec.offset, "size": spec.size}
     elif spec.offset or spec.size is not None:
-        raise ConfigError(f"{spec.path}: offset and size are options of raw images, and this one is {name}")
+        raise ConfigError(f"{spec.path}: offset and size of a backing image need format raw, and this one is {name}")
     if spec.snapshot is not None:
         if not hasattr(driver, "data_file_name"):
             raise ConfigError(f"{spec.path}: {name} images have no internal snapshots (snapshot {spec.snapshot!r})")
@@ -123,13 +159,21 @@ async def _open_layer(
         if data_file is not None:
             options["data_file_storage"] = data_file
     try:
-        if data_file is not None and data_file.identity == storage.identity:
+        if data_file is not None and data_file.identity == _file_identity(storage):
             raise ImageError(storage.path, "it is the image itself", field="data file", value=data_file.path)
         return await driver.open(storage, options, read_only=read_only)
     except BaseException:
         if data_file is not None:
             await data_file.close()
         raise
+
+
+def _file_identity(storage: Storage) -> tuple[int, int]:
+    """That of the file at the bottom."""
+    while isinstance(storage, NodeStorage):
+        storage = storage.node.top.storage
+    assert isinstance(storage, FileStorage)
+    return storage.identity
 
 
 async def _open_data_file(

@@ -23,12 +23,12 @@ class ChainMap:
 
     start: Int64Array
     length: Int64Array
-    depth: npt.NDArray[np.uint8]
+    depth: npt.NDArray[np.int8]
     """The layer that decides, 0 the top; for UNALLOCATED the one that ended the search."""
     kind: npt.NDArray[np.uint8]
     """As in ``extents``; UNALLOCATED: no layer decides, the range reads as zeroes."""
     host_offset: Int64Array
-    """In the deciding layer's data storage, or -1."""
+    """In the data storage of layer ``depth``, or -1."""
 
     def __len__(self) -> int:
         return len(self.start)
@@ -36,7 +36,7 @@ class ChainMap:
     @classmethod
     def of_layer(cls, runs: RunArray, depth: int) -> ChainMap:
         """The runs of one layer, as if it were alone."""
-        return cls(runs.start, runs.length, np.full(len(runs), depth, np.uint8), runs.kind, runs.host_offset)
+        return cls(runs.start, runs.length, np.full(len(runs), depth, np.int8), runs.kind, runs.host_offset)
 
     def take(self, index: Int64Array, start: Int64Array, end: int) -> ChainMap:
         """Extents that begin at ``start`` and have what the extents at ``index`` have; the last one ends at ``end``."""
@@ -66,7 +66,8 @@ class ChainMap:
         end = int(self.start[-1] + self.length[-1])
         upper = self.take(np.searchsorted(self.start, start, "right") - 1, start, end)
         lower = below.take(np.searchsorted(below.start, start, "right") - 1, start, end)
-        undecided = upper.kind == UNALLOCATED
+        # What ``below`` says about its own end is of the depth of this map, which may have space reserved there.
+        undecided = (upper.kind == UNALLOCATED) & (lower.depth > upper.depth)
         return ChainMap(
             start,
             upper.length,

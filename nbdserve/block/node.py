@@ -6,6 +6,7 @@ pages or space are missing. The ``async`` methods do the same work for every cas
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Final
 
@@ -13,7 +14,7 @@ from nbdserve.block import cow
 from nbdserve.block.chain import NEEDS_TABLE, resolve
 from nbdserve.block.pieces import Piece, add_piece, zero_pieces
 from nbdserve.block.requests import RangeLocks
-from nbdserve.block.writer import BatchWriter, Done
+from nbdserve.block.writer import WRITE_DONE, WRITE_WAIT, BatchWriter, Done
 from nbdserve.extents import COMPRESSED, DATA, ZERO
 from nbdserve.formats.base import FormatDriver
 from nbdserve.storage.base import ReadBuffer, Storage
@@ -56,8 +57,12 @@ class Node:
         self.guard_probed_raw = guard_probed_raw
         self.locks = RangeLocks()
         self._writer = BatchWriter(self)
+        self.changes = 1
+        """Changes completed, so that a flush can tell whether another has covered them."""
+        self._stable_changes = 0
+        self._flush: asyncio.Task[None] | None = None
+        self._flush_covers = 0
         self._steps = [(layer.lookup, layer.size, layer.data) for layer in self.layers]
-        self._lookup_writable = self.top.lookup_writable
         self._plain_writes = not (self.read_only or writethrough or guard_probed_raw or detect_zeroes != "off")
 
     @property
@@ -165,25 +170,25 @@ class Node:
 
     # --- writes ----------------------------------------------------------------------------------------------------
 
-    def try_write(self, offset: int, data: memoryview) -> bool:
-        """Overwrite in place without waiting; False when that is not possible. RequestError for a corrupt mapping."""
-        if not self._plain_writes:
-            return False
-        run = self._lookup_writable(offset, len(data))
-        if run is None or run[0] != DATA or run[1] < len(data):
-            return False
-        return self.top.data.try_write(run[2], data)
+    def submit_write(self, offset: int, data: memoryview, done: Done) -> int:
+        """Write without waiting, or together with others: WRITE_DONE, WRITE_TAKEN or WRITE_WAIT.
 
-    def submit_write(self, offset: int, data: memoryview, done: Done) -> bool:
-        """Write ``data`` with others in one go, and call ``done``; False if it cannot be planned without waiting.
-
-        ``data`` stays untouched until then. A failed ``done`` carries what ``write`` would have raised.
+        ``done`` is called for a write that was taken, with what ``write`` would have raised or None. ``data`` is free
+        for reuse on return.
         """
-        return self._plain_writes and self._writer.try_write(offset, data, done)
+        if not self._plain_writes:
+            return WRITE_WAIT
+        outcome = self._writer.try_write(offset, data, done)
+        if outcome == WRITE_DONE:
+            self.changes += 1
+        return outcome
 
     async def write(self, offset: int, data: ReadBuffer, *, fua: bool = False) -> None:
         """Write ``data``; with ``fua`` it is stable on return, with the metadata that finds it."""
-        await cow.write(self, offset, memoryview(data))
+        try:
+            await cow.write(self, offset, memoryview(data))
+        finally:
+            self.changes += 1
         await self._settle(fua)
 
     async def zero(
@@ -193,19 +198,46 @@ class Node:
 
         ``fast``: OSError(ENOTSUP) unless this is quicker than a write; the content is then untouched.
         """
-        await cow.zero(self, offset, length, unmap=unmap and self.unmap, fast=fast)
+        try:
+            await cow.zero(self, offset, length, unmap=unmap and self.unmap, fast=fast)
+        finally:
+            self.changes += 1
         await self._settle(fua)
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
         """The content of the range is not needed any more. Nothing happens unless opened with discard=unmap."""
         if self.unmap:
-            await cow.discard(self, offset, length)
+            try:
+                await cow.discard(self, offset, length)
+            finally:
+                self.changes += 1
         await self._settle(fua)
 
+    @property
+    def is_stable(self) -> bool:
+        """Nothing has changed since the last flush, so that another has nothing to do."""
+        return self._stable_changes == self.changes
+
     async def flush(self) -> None:
-        """Every write completed before this call is stable on return."""
-        if not self.read_only:
+        """Every write completed before this call is stable on return.
+
+        Callers between whom nothing has changed share one flush: clients send many at once (fio: as many as its depth).
+        """
+        changes = self.changes
+        if self.read_only or self._stable_changes == changes:
+            return
+        if self._flush is None or self._flush_covers != changes:
+            self._flush = asyncio.get_running_loop().create_task(self._flush_changes(changes))
+            self._flush_covers = changes
+        await asyncio.shield(self._flush)
+
+    async def _flush_changes(self, changes: int) -> None:
+        try:
             await self.top.flush()
+            self._stable_changes = max(self._stable_changes, changes)
+        finally:
+            if self._flush_covers == changes:
+                self._flush = None
 
     async def _settle(self, fua: bool) -> None:
         if fua or self.writethrough:

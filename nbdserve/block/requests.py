@@ -8,6 +8,7 @@ loop cannot be interrupted. Waiters are served in order of arrival among those t
 from __future__ import annotations
 
 import asyncio
+from itertools import chain
 from types import TracebackType
 
 
@@ -53,11 +54,17 @@ class RangeLocks:
         """A lock on ``[start, end)`` that tolerates no other."""
         return RangeLock(self, start, end, True)
 
+    def blocked(self, start: int, end: int, *, exclusive: bool) -> bool:
+        """Whether somebody holds or awaits what conflicts with a lock on ``[start, end)``."""
+        if exclusive or self._exclusive_held or self._waiting:
+            for other in chain(self._held, self._waiting) if self._waiting else self._held:
+                if other.start < end and start < other.end and (exclusive or other.exclusive):
+                    return True
+        return False
+
     def try_acquire(self, lock: RangeLock) -> bool:
         """Take ``lock`` now if nobody who holds or awaits a range conflicts."""
-        if (lock.exclusive or self._waiting or self._exclusive_held) and (
-            any(lock.conflicts(held) for held in self._held) or any(lock.conflicts(other) for other in self._waiting)
-        ):
+        if self.blocked(lock.start, lock.end, exclusive=lock.exclusive):
             return False
         self._hold(lock)
         return True

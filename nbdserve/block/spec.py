@@ -21,14 +21,16 @@ class ImageSpec:
     snapshot: str | None = None
     """Serve this internal snapshot (id or name), read-only."""
     offset: int = 0
-    """Raw only: where the disk begins in the file, bytes."""
+    """Where the disk begins in the image, bytes."""
     size: int | None = None
-    """Raw only: the length of the disk, bytes; None: up to the end of the file."""
+    """The length of the disk, bytes; None: up to the end of the image."""
     cache: str = "writeback"
     discard: str = "ignore"
     detect_zeroes: str = "off"
     backing: BackingSpec = "header"
     """``"header"``: the file the image's header names; None: none, whatever the header says; a spec: this one."""
+    file: ImageSpec | None = None
+    """The image whose disk holds this one's bytes, instead of the file at ``path``, which then only names it."""
     data_file: ImageSpec | None = None
     """The external data file, instead of the one the image's header names."""
     force_share: bool = False

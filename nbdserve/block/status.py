@@ -8,8 +8,9 @@ from typing import Final, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from nbdserve.block.mapping import ChainMap, map_chain
+from nbdserve.block.mapping import ChainMap
 from nbdserve.block.node import Node
+from nbdserve.block.window import map_node
 from nbdserve.extents import UNALLOCATED, ZERO
 
 HOLE: Final = 1
@@ -39,7 +40,7 @@ async def block_status(
     """
     columns: list[tuple[list[npt.NDArray[np.int64]], list[Status]]] = [([], []) for _ in projections]
     position = offset
-    async for part in map_chain(node.layers, offset, offset + length):
+    async for part in map_node(node, offset, offset + length):
         position = int(part.start[-1] + part.length[-1])
         full = False
         for project, (starts, values) in zip(projections, columns, strict=True):

@@ -12,10 +12,10 @@ import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from nbdserve.block.pieces import zero_pieces
+from nbdserve.block.chain import resolve
 from nbdserve.block.requests import RangeLock
 from nbdserve.errors import RequestError
-from nbdserve.extents import DATA
+from nbdserve.extents import DATA, ZERO
 from nbdserve.formats.base import Allocation
 from nbdserve.storage.base import ReadBuffer
 from nbdserve.units import KIB, align_down, align_up
@@ -23,8 +23,15 @@ from nbdserve.units import KIB, align_down, align_up
 if TYPE_CHECKING:
     from nbdserve.block.node import Node
 
+WRITE_WAIT: Final = 0
+"""Nothing was done: use ``Node.write``."""
+WRITE_DONE: Final = 1
+"""The write is complete (in the cache: FLUSH makes it stable)."""
+WRITE_TAKEN: Final = 2
+"""The write is under way; ``done`` will be called."""
+
 Done: TypeAlias = Callable[[Exception | None], None]
-"""Called once, when the write is complete (in the cache: FLUSH makes it stable) or has failed."""
+"""Called once, when a write that was taken is complete or has failed."""
 
 _LONGEST_COPY: Final = 256 * KIB
 """The longest copy-on-write done here; the copy of a larger cluster would hold up the event loop (20 us for this)."""
@@ -35,12 +42,12 @@ class _Write:
 
     __slots__ = ("allocation", "copy", "done", "lock", "pieces")
 
-    def __init__(self, lock: RangeLock, allocation: Allocation | None, copy: bytearray | None) -> None:
-        self.lock = lock
+    def __init__(self, host_offset: int, data: ReadBuffer, allocation: Allocation | None, copied: bool) -> None:
+        self.pieces: list[tuple[int, ReadBuffer]] = [(host_offset, data)]
         self.allocation = allocation
-        self.copy = copy
+        self.copy = data if copied and isinstance(data, bytearray) else None
         """The whole content of the allocation, where it is made of more than what is written."""
-        self.pieces: list[tuple[int, ReadBuffer]] = []
+        self.lock: RangeLock
         self.done: list[Done] = []
 
     def add(self, offset: int, data: memoryview) -> bool:
@@ -56,7 +63,7 @@ class _Write:
         host_offset = allocation.host_offset + start
         if any(at < host_offset + len(data) and host_offset < at + len(other) for at, other in self.pieces):
             return False
-        self.pieces.append((host_offset, data))
+        self.pieces.append((host_offset, bytes(data)))
         return True
 
 
@@ -66,96 +73,92 @@ class BatchWriter:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._top = node.top
+        self._data = node.top.data
+        self._locks = node.locks
         self._queue: list[_Write] = []
         self._allocating: dict[int, _Write] = {}
         """Queued writes that allocate exactly one cluster, by its guest offset."""
         self._runner: asyncio.Task[None] | None = None
 
-    def try_write(self, offset: int, data: memoryview, done: Done) -> bool:
-        """Take over the write if it can be planned without waiting; ``data`` must stay as it is until ``done``."""
+    def try_write(self, offset: int, data: memoryview, done: Done) -> int:
+        """Write if that can be planned without waiting: WRITE_DONE, WRITE_TAKEN or WRITE_WAIT.
+
+        A write that is taken keeps a copy of ``data`` unless that is a buffer of its own.
+        """
+        length = len(data)
         try:
-            run = self._top.lookup_writable(offset, len(data))
-        except RequestError:
-            return False  # a corrupt mapping: the caller's other way reports it
-        if run is None or run[1] < len(data):
-            return False
-        if run[0] != DATA:
+            run = self._top.lookup_writable(offset, length)
+            if run is None or run[1] < length:
+                return WRITE_WAIT
+            if run[0] == DATA:
+                if self._data.try_write(run[2], data):
+                    return WRITE_DONE
+                lock = self._locks.shared(offset, offset + length)
+                if self._locks.blocked(lock.start, lock.end, exclusive=False):
+                    return WRITE_WAIT
+                self._enqueue(_Write(run[2], data, None, False), lock, data, done)
+                return WRITE_TAKEN
             return self._try_allocate(offset, data, done)
-        locks = self._node.locks
-        lock = locks.shared(offset, offset + len(data))
-        if not locks.try_acquire(lock):
-            return False
-        write = _Write(lock, None, None)
-        write.pieces.append((run[2], data))
-        self._enqueue(write, done)
-        return True
-
-    def _try_allocate(self, offset: int, data: memoryview, done: Done) -> bool:
-        cluster_size, locks = self._top.cluster_size, self._node.locks
-        start, end = align_down(offset, cluster_size), align_up(offset + len(data), cluster_size)
-        lock = locks.exclusive(start, end)
-        if not locks.try_acquire(lock):
-            write = self._allocating.get(start)
-            if write is None or not write.add(offset, data):
-                return False
-            write.done.append(done)
-            return True
-        try:
-            planned = self._plan(lock, offset, data)
         except (OSError, RequestError):
-            planned = None  # no space, or a corrupt mapping: the caller's other way reports it
-        if planned is None:
-            locks.release(lock)
-            return False
-        if end - start == cluster_size:
-            self._allocating[start] = planned
-        self._enqueue(planned, done)
-        return True
+            return WRITE_WAIT  # no space, or a corrupt mapping: the caller's other way reports it
 
-    def _plan(self, lock: RangeLock, offset: int, data: memoryview) -> _Write | None:
-        top, end = self._top, offset + len(data)
+    def _try_allocate(self, offset: int, data: memoryview, done: Done) -> int:
+        mask = self._top.cluster_size - 1
+        start, end = offset & ~mask, (offset + len(data) + mask) & ~mask
+        if self._locks.blocked(start, end, exclusive=True):
+            joined = self._allocating.get(start)
+            if joined is None or not joined.add(offset, data):
+                return WRITE_WAIT
+            joined.done.append(done)
+            return WRITE_TAKEN
+        write = self._plan(offset, data)
+        if write is None:
+            return WRITE_WAIT
+        if not self._queue and self._data.try_write(*write.pieces[0]):
+            assert write.allocation is not None
+            self._top.publish(write.allocation)
+            return WRITE_DONE
+        if end - start == mask + 1:
+            self._allocating[start] = write
+        self._enqueue(write, self._locks.exclusive(start, end), data, done)
+        return WRITE_TAKEN
+
+    def _plan(self, offset: int, data: memoryview) -> _Write | None:
+        top, length = self._top, len(data)
         start = align_down(offset, top.granularity)
-        stop = align_up(end, top.granularity)
-        head = self._old_content(start, offset)
-        tail = self._old_content(end, stop)
-        if head is None or tail is None:
-            return None
-        allocation = top.allocate(start, stop - start)
+        size = align_up(offset + length, top.granularity) - start
+        at = offset - start
+        copy: bytearray | None = None
+        if size > length and not self._is_zero(start, size):
+            if size > _LONGEST_COPY:
+                return None
+            copy = bytearray(size)
+            pieces = self._node.try_read_pieces(start, memoryview(copy)[: self._node.size - start])
+            if pieces is None:
+                return None
+        allocation = top.allocate(start, size)
         if allocation is None:
             return None
-        if allocation.length < stop - start or (not allocation.zeroed and stop - start - len(data) > _LONGEST_COPY):
+        if allocation.length < size or (copy is None and not allocation.zeroed and size - length > _LONGEST_COPY):
             top.abandon(allocation)
             return None
-        if (head or tail) or (not allocation.zeroed and stop - start > len(data)):
-            copy = bytearray(stop - start)
-            copy[: len(head)] = head
-            copy[offset - start : end - start] = data
-            copy[end - start : end - start + len(tail)] = tail
-            write = _Write(lock, allocation, copy)
-            write.pieces.append((allocation.host_offset, copy))
-        else:
-            write = _Write(lock, allocation, None)
-            write.pieces.append((allocation.host_offset + offset - start, data))
-        return write
+        if copy is None and (allocation.zeroed or size == length):
+            return _Write(allocation.host_offset + at, data, allocation, False)
+        copy = copy or bytearray(size)
+        copy[at : at + length] = data
+        return _Write(allocation.host_offset, copy, allocation, True)
 
-    def _old_content(self, start: int, end: int) -> bytes | bytearray | None:
-        """What the guest range reads as; empty for zeroes only; None if that cannot be told without waiting."""
-        end = min(end, self._node.size)
-        if start >= end:
-            return b""
-        if end - start > _LONGEST_COPY:
-            return None
-        content = bytearray(end - start)
-        view = memoryview(content)
-        pieces = self._node.try_read_pieces(start, view)
-        if pieces is None:
-            return None
-        if len(pieces) == 1 and pieces[0][0]:
-            return b""
-        zero_pieces(view, pieces)
-        return content
+    def _is_zero(self, start: int, length: int) -> bool:
+        """Whether one look at the mapping tells that the guest range reads as zeroes."""
+        length = min(length, self._node.size - start)
+        kind, found, _, _ = resolve(self._node.layers, start, length)
+        return kind == ZERO and found >= length
 
-    def _enqueue(self, write: _Write, done: Done) -> None:
+    def _enqueue(self, write: _Write, lock: RangeLock, data: memoryview, done: Done) -> None:
+        if write.copy is None and not isinstance(data.obj, bytes):
+            write.pieces = [(write.pieces[0][0], bytes(data))]
+        self._locks.try_acquire(lock)
+        write.lock = lock
         write.done.append(done)
         self._queue.append(write)
         if self._runner is None:
@@ -167,7 +170,7 @@ class BatchWriter:
                 batch, self._queue = self._queue, []
                 self._allocating.clear()
                 try:
-                    await self._node.data.write_all([piece for write in batch for piece in write.pieces])
+                    await self._data.write_all([piece for write in batch for piece in write.pieces])
                 except Exception:
                     await self._write_singly(batch)
                 else:
@@ -180,7 +183,7 @@ class BatchWriter:
         """Which write of the batch failed is not known: do each again, by itself."""
         for write in batch:
             try:
-                await self._node.data.write_all(write.pieces)
+                await self._data.write_all(write.pieces)
             except Exception as error:
                 self._settle(write, error)
             else:
@@ -192,6 +195,7 @@ class BatchWriter:
                 (self._top.publish if error is None else self._top.abandon)(write.allocation)
         except Exception as failure:
             error = failure
-        self._node.locks.release(write.lock)
+        self._node.changes += 1
+        self._locks.release(write.lock)
         for done in write.done:
             done(error)

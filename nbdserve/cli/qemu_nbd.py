@@ -94,7 +94,7 @@ Connections:
 The image:
   -f, --format=FORMAT       raw or qcow2; without it the file is probed
       --image-opts          FILE is driver=...,file.filename=...
-  -o, --offset=OFFSET       where a raw disk begins in the file
+  -o, --offset=OFFSET       where the disk begins in the image
   -r, --read-only           refuse writes
   -s, --snapshot            drop all writes at exit
   -l, --load-snapshot=SNAP  serve an internal snapshot: ID, NAME, snapshot.id=ID or snapshot.name=NAME

@@ -232,17 +232,31 @@ def _image(tree: Tree, flags: ImageSpec, where: str, *, top: bool = False) -> Im
     if driver is None and not top:
         raise options.error("driver", "missing: a backing format is never guessed")
     format_ = flags.format or driver
-    spec = _file(options.child("file"), _generic(options, flags), f"{where}file.")
-    spec = replace(spec, format=format_)
+    spec = replace(_below(options.child("file"), _generic(options, flags), f"{where}file."), format=format_)
     if format_ == "raw":
-        offset, size = options.size("offset"), options.size("size")
-        spec = replace(
-            spec, offset=flags.offset if offset is None else offset, size=flags.size if size is None else size
-        )
+        spec = _window(spec, options.size("offset"), options.size("size"))
     else:
         spec = _children(options, spec, where)
     options.finish(format_ or "file")
     return spec
+
+
+def _below(tree: Tree, flags: ImageSpec, where: str) -> ImageSpec:
+    """What holds an image's bytes: a file, or the disk of another image."""
+    driver = tree.get("driver")
+    if not isinstance(driver, str) or driver not in DRIVERS:
+        return _file(tree, flags, where)
+    file = _image(tree, replace(flags, format=None, offset=0, size=None, detect_zeroes="off"), where)
+    return replace(flags, path=file.path, read_only=file.read_only, cache=file.cache, file=file)
+
+
+def _window(spec: ImageSpec, offset: int | None, size: int | None) -> ImageSpec:
+    """The window of a raw image, in which that of the command line, if there is one, counts."""
+    if offset is None and size is None:
+        return spec
+    if not spec.offset and spec.size is None:
+        return replace(spec, offset=offset or 0, size=size)
+    return replace(spec, file=replace(spec, offset=offset or 0, size=size, detect_zeroes="off"))
 
 
 def _children(options: _Options, spec: ImageSpec, where: str) -> ImageSpec:
@@ -259,7 +273,7 @@ def _children(options: _Options, spec: ImageSpec, where: str) -> ImageSpec:
         data_file = _image(options.child("data-file"), below, f"{where}data-file.")
         if data_file.format != "raw":
             raise options.error("data-file.driver", f"{data_file.format!r} is no driver of a data file, give 'file'")
-        if data_file.offset or data_file.size is not None:
+        if data_file.offset or data_file.size is not None or data_file.file is not None:
             raise options.error("data-file.offset", "a window of a data file is not supported yet")
         spec = replace(spec, data_file=data_file)
     return spec

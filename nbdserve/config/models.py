@@ -122,9 +122,9 @@ class ExportOptions(_Options):
         default=None, description="Serve this internal snapshot (id or name), read-only.", examples=["before-upgrade"]
     )
     overlay: bool = Field(default=False, description="Take writes in a temporary overlay that is dropped at exit.")
-    offset: Size = Field(default=0, description='Raw only: where the disk begins in the file, in bytes or as "1M".')
+    offset: Size = Field(default=0, description='Where the disk begins in the image, in bytes or as "1M".')
     size: Size | None = Field(
-        default=None, description="Raw only: length of the disk, else to the end of the file.", examples=["10G"]
+        default=None, description="Length of the disk, else to the end of the image.", examples=["10G"]
     )
     backing: Literal["header", "none"] = Field(
         default="header",

@@ -16,9 +16,11 @@ DRIVERS: Final[dict[str, type[FormatDriver]]] = {
 """By QEMU's format names."""
 
 
-def driver_for(name: str) -> type[FormatDriver]:
-    """The driver of the format ``name``; ConfigError when there is none."""
+def driver_for(name: str, path: str = "") -> type[FormatDriver]:
+    """The driver of the format ``name``; ConfigError, which names the image ``path``, when there is none."""
     try:
         return DRIVERS[name]
     except KeyError:
-        raise ConfigError(f"unknown image format {name!r}: give one of {', '.join(sorted(DRIVERS))}") from None
+        known = ", ".join(sorted(DRIVERS))
+        of = f"{path}: " if path else ""
+        raise ConfigError(f"{of}unknown image format {name!r}: give one of {known}") from None

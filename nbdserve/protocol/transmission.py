@@ -163,6 +163,15 @@ class RequestParser:
         """Put saved bytes back, to go on with ``next_batch`` without receiving."""
         self.feed(b"")
 
+    def _skip(self, batch: list[Request], start: int, end: int) -> int:
+        """Drop what is there of a refused payload; the pending request joins ``batch`` when all of it is gone."""
+        skipped = min(self._drain, end - start)
+        self._drain -= skipped
+        if not self._drain and self._pending is not None:
+            batch.append(self._pending)
+            self._pending = None
+        return start + skipped
+
     def next_batch(self, limit: int = 64) -> list[Request]:
         """Up to ``limit`` complete requests; an empty list when more bytes are needed (the rest is saved)."""
         batch: list[Request] = []
@@ -174,21 +183,11 @@ class RequestParser:
             self._payload = self._pending = None
         header, magic, check, data = self._header, self._magic, self._check, self._buffer.data
         size, start, end = header.size, self._start, self._end
-        extended = self._extended
-        while len(batch) < limit:
-            if self._drain:
-                skipped = min(self._drain, end - start)
-                self._drain -= skipped
-                start += skipped
-                if self._drain:
-                    break
-            if self._pending is not None:
-                batch.append(self._pending)
-                self._pending = None
-                continue
-            if end - start < size or self.disconnected:
-                break
-            got, flags, kind, cookie, offset, length = header.unpack_from(data, start)
+        extended, unpack = self._extended, header.unpack_from
+        if self._drain:
+            start = self._skip(batch, start, end)
+        while end - start >= size and len(batch) < limit and not self._drain and not self.disconnected:
+            got, flags, kind, cookie, offset, length = unpack(data, start)
             if got != magic:
                 if batch:
                     break  # what came before is answered first; the next call raises
@@ -210,7 +209,7 @@ class RequestParser:
                     )
                 self._pending = (error, kind, flags, cookie, offset, length, None)
                 self._drain = length
-                start = body
+                start = self._skip(batch, body, end)
             elif end - body >= length:
                 start = body + length
                 batch.append((0, kind, flags, cookie, offset, length, self._buffer.view[body:start]))

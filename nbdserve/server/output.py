@@ -108,6 +108,13 @@ class Output:
         else:
             release()
 
+    def receive_into(self, buffer: memoryview) -> int:
+        """What has arrived on the same socket: its length, 0 at the end of the stream, -1 if there is nothing now."""
+        try:
+            return self._sock.recv_into(buffer)
+        except OSError:
+            return -1
+
     def send_file(self, head: memoryview, storage: Storage, offset: int, length: int) -> None:
         """Send ``head``, which is free for reuse on return, and then a range of ``storage`` that ``can_send``.
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from nbdserve.block.node import READ_DATA, READ_SPLIT, READ_WAIT, READ_ZERO, Node
 from nbdserve.block.pieces import Piece, zero_pieces
+from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN, WRITE_WAIT
 from nbdserve.buffers import BufferPool, ReusedBuffer
 from nbdserve.errors import ProtocolError, RequestError, errno_of
 from nbdserve.exports.export import Export
@@ -120,7 +121,7 @@ class Session:
         self._in_flight = 0
         self._in_flight_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
-        self._reading = True
+        self.reading = True
         self._finished = False
         self._slow: dict[int, Callable[..., Coroutine[Any, Any, None]]] = {
             CMD_FLUSH: self._flush,
@@ -138,7 +139,11 @@ class Session:
         self._todo = []
         while True:
             for request in requests:
-                self._dispatch(*request)
+                error, kind, flags, cookie, offset, length, _ = request
+                if kind == CMD_READ and length and not error and not self.draining:
+                    self._read(flags, cookie, offset, length)
+                else:
+                    self._dispatch(*request)
                 if output.backlog or self._in_flight >= MAX_IN_FLIGHT or self._in_flight_bytes >= MAX_IN_FLIGHT_BYTES:
                     self._stop(requests)
                     return
@@ -154,8 +159,8 @@ class Session:
         if parser.disconnected:
             self._set_reading(False)
             self.finish()
-        elif not self._reading:
-            self._reading = True
+        elif not self.reading:
+            self.reading = True
             self._set_reading(True)
 
     def _stop(self, requests: Iterator[Request]) -> None:
@@ -166,14 +171,14 @@ class Session:
         ]
         self.parser.save()
         self._send()
-        if self._reading:
-            self._reading = False
+        if self.reading:
+            self.reading = False
             self._set_reading(False)
 
     def resume(self) -> None:
         """Room may have come free: go on where ``process`` stopped."""
         # While draining, what waited for room is answered too: ESHUTDOWN.
-        if not self._reading and not self._output.backlog and (self.draining or not self._finished):
+        if not self.reading and not self._output.backlog and (self.draining or not self._finished):
             try:
                 self.parser.reload()
                 self.process()
@@ -210,11 +215,13 @@ class Session:
         if error or self.draining:
             if kind != CMD_DISC:
                 self._refuse(error or errno.ESHUTDOWN, kind, cookie, offset, length)
-        elif kind == CMD_READ:
-            self._read(flags, cookie, offset, length)
+        elif kind == CMD_READ:  # of nothing: drivers are asked for one byte at least
+            self._append(final_reply(self.mode, cookie, offset))
         elif kind == CMD_WRITE:
             assert payload is not None
             self._write(flags, cookie, offset, payload)
+        elif kind == CMD_FLUSH and self.node.is_stable:
+            self._append(final_reply(self.mode, cookie, offset))
         elif kind in self._slow:
             self._begin(self._answer(self._slow[kind], flags, cookie, offset, length), 0)
         elif kind != CMD_DISC:
@@ -230,9 +237,6 @@ class Session:
     # --- reads -----------------------------------------------------------------------------------------------------
 
     def _read(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        if not length:  # drivers are asked for one byte at least: at the very end of the disk they have none
-            self._append(final_reply(self.mode, cookie, offset))
-            return
         if length >= _SEND_FILE_FROM and self._try_send_file(cookie, offset, length):
             return
         start = self._position + self._head_size
@@ -337,35 +341,32 @@ class Session:
     # --- writes ----------------------------------------------------------------------------------------------------
 
     def _write(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
-        node, length = self.node, len(payload)
-        plain = length and not flags & CMD_FLAG_FUA
-        try:
-            if plain and node.try_write(offset, payload):
+        length = len(payload)
+        if length and not flags & CMD_FLAG_FUA:
+            outcome = self.node.submit_write(offset, payload, partial(self._written, cookie, offset, length))
+            if outcome == WRITE_DONE:
                 self._append(final_reply(self.mode, cookie, offset))
+            elif outcome == WRITE_TAKEN:
+                self._in_flight += 1
+                self._in_flight_bytes += length
+            if outcome != WRITE_WAIT:
                 self._give_payload(payload)
                 return
-        except RequestError:
-            plain = False  # a corrupt mapping: the task meets it again and replies
         if payload.obj is self._buffers.receive.data:
             payload = memoryview(bytes(payload))
-        if plain and node.submit_write(offset, payload, partial(self._written, cookie, offset, payload)):
-            self._in_flight += 1
-            self._in_flight_bytes += length
-        else:
-            self._begin(self._write_slowly(flags, cookie, offset, payload), length)
+        self._begin(self._write_slowly(flags, cookie, offset, payload), length)
 
-    def _written(self, cookie: int, offset: int, payload: memoryview, error: Exception | None) -> None:
+    def _written(self, cookie: int, offset: int, length: int, error: Exception | None) -> None:
         """A submitted write is complete; the replies of a whole batch leave together."""
         self._in_flight -= 1
-        self._in_flight_bytes -= len(payload)
+        self._in_flight_bytes -= length
         if not self._replies:
             asyncio.get_running_loop().call_soon(self._send_replies)
         self._replies.append(
             final_reply(self.mode, cookie, offset)
             if error is None
-            else self._failure("WRITE", cookie, offset, len(payload), error)
+            else self._failure("WRITE", cookie, offset, length, error)
         )
-        self._give_payload(payload)
 
     def _send_replies(self) -> None:
         replies, self._replies = self._replies, []

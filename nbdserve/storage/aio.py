@@ -56,12 +56,17 @@ class _Local(threading.local):
 _local: Final = _Local()
 
 
+def write_singly(write: FullWrite, fd: int, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
+    """``write_all`` without AIO: for direct I/O, whose read-modify-writes must know of every other write."""
+    for offset, data in pieces:
+        write(fd, offset, data)
+
+
 def write_all(write: FullWrite, fd: int, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
     """Write every ``(offset, data)``; ``write`` does those that gain nothing here, and what AIO leaves undone."""
     ring = _ring() if len(pieces) > 1 else None
     if ring is None:
-        for offset, data in pieces:
-            write(fd, offset, data)
+        write_singly(write, fd, pieces)
         return
     requests: list[tuple[int, int, int]] = []
     used = 0

@@ -71,6 +71,11 @@ class Storage(ABC):
         for offset, data in pieces:
             await self.write(offset, data)
 
+    async def write_stable(self, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
+        """``write_all``, then ``flush``; one trip for both where there are worker threads."""
+        await self.write_all(pieces)
+        await self.flush()
+
     @abstractmethod
     async def zero(self, offset: int, length: int, *, unmap: bool = True, fast: bool = False) -> None:
         """Make the range read as zeroes; with ``unmap`` space may be given back, without it stays reserved.

@@ -47,6 +47,10 @@ _KINDS: Final = {
 }
 
 
+class _SyncError(OSError):
+    """It was the sync that failed, not a write before it."""
+
+
 PAGE_SIZE: Final = os.sysconf("SC_PAGE_SIZE")
 _probe: Final = bytearray(1)
 
@@ -86,11 +90,15 @@ class FileStorage(Storage):
         self._quiet: JobFuture[None] | None = None
         self._flushing = False
         self._next_flush: JobFuture[None] | None = None
+        self._changes = 1
+        """Changes completed; counted at their end, because a flush covers no more than what was complete before it."""
+        self._stable_changes = 0
         self._block_size = logical_block_size(fd) if self._is_device else 1
         self._in_memory = not self._is_device and file_system_type(fd) in _MEMORY_FILE_SYSTEMS
         self._direct = self._make_direct(flags) if cache in ("none", "directsync") else None
         self._read_fully = blocking.read_fully if self._direct is None else self._direct.read_fully
         self._write_fully = blocking.write_fully if self._direct is None else self._direct.write_fully
+        self._write_each = aio.write_all if self._direct is None else aio.write_singly
         self.grows_zeroed = not self._is_device
         self.size = 0
         self._measure()
@@ -199,8 +207,8 @@ class FileStorage(Storage):
             return False
 
     def _try_write_nowait(self, offset: int, data: ReadBuffer) -> bool:
-        end = offset + len(data)
-        if end > self.size:
+        self._changes += 1
+        if offset + len(data) > self.size:
             return False
         try:
             return os.pwritev(self._fd, (data,), offset, os.RWF_NOWAIT) == len(data)
@@ -213,7 +221,11 @@ class FileStorage(Storage):
             return False
 
     def _try_write_inline(self, offset: int, data: ReadBuffer) -> bool:
-        return not self._changing and self._inline.try_write(self._fd, offset, data, self.size)
+        if self._changing or not self._inline.try_write(self._fd, offset, data):
+            return False
+        self._changes += 1
+        self.size = max(self.size, offset + len(data))
+        return True
 
     def _try_read_memory(self, offset: int, buffer: memoryview) -> bool:
         try:
@@ -226,6 +238,7 @@ class FileStorage(Storage):
             done = os.pwrite(self._fd, data, offset)
         except OSError:
             return False
+        self._changes += 1
         self.size = max(self.size, offset + done)
         return done == len(data)
 
@@ -278,6 +291,7 @@ class FileStorage(Storage):
             return await self._run(fn, *args)
         finally:
             self._changing -= 1
+            self._changes += 1
 
     def _ended(self) -> None:
         self._running -= 1
@@ -302,9 +316,30 @@ class FileStorage(Storage):
 
     async def write_all(self, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
         try:
-            await self._change(aio.write_all, self._write_fully, self._fd, pieces)
+            await self._change(self._write_each, self._write_fully, self._fd, pieces)
         finally:
             self._measure()
+
+    async def write_stable(self, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
+        if self._unsafe:
+            await self.write_all(pieces)
+            return
+        before = self._changes
+        try:
+            await self._change(self._write_and_sync, self._fd, pieces)
+        except _SyncError as error:
+            self._fail(error)
+            self._check_writable()
+        finally:
+            self._measure()
+        self._stable_changes = self._changes if self._changes == before + 1 else max(before, self._stable_changes)
+
+    def _write_and_sync(self, fd: int, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
+        self._write_each(self._write_fully, fd, pieces)
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            raise _SyncError(*error.args) from error
 
     async def zero(self, offset: int, length: int, *, unmap: bool = True, fast: bool = False) -> None:
         self._check_writable()
@@ -378,11 +413,14 @@ class FileStorage(Storage):
     # --- durability ----------------------------------------------------------------------------------------------
 
     async def flush(self) -> None:
-        """fdatasync. Callers that come while one runs share the next: the running one may not cover their writes."""
+        """fdatasync, unless nothing has changed since the last one.
+
+        Callers that come while one runs share the next: the running one may not cover their writes.
+        """
         if self.read_only:
             return
         self._check_writable()
-        if self._unsafe:
+        if self._unsafe or self._stable_changes == self._changes:
             return
         if self._closed:
             raise OSError(errno.EBADF, f"{self.path} is closed")
@@ -400,15 +438,15 @@ class FileStorage(Storage):
         self._flushing = True
         self._running += 1
         self._changing += 1
-        self._pool.submit(os.fdatasync, (self._fd,), partial(self._flushed, joined))
+        self._pool.submit(os.fdatasync, (self._fd,), partial(self._flushed, joined, self._changes))
 
-    def _flushed(self, joined: JobFuture[None], _: None, error: BaseException | None) -> None:
+    def _flushed(self, joined: JobFuture[None], changes: int, _: None, error: BaseException | None) -> None:
         self._flushing = False
         self._changing -= 1
         if error is not None:
-            # The kernel reports a lost page once and marks it clean: a second fdatasync would succeed without it.
-            self._failure = f"{self.path}: a flush failed ({error}), data may be lost: reopen the image"
-            self._forbid_try_write()
+            self._fail(error)
+        else:
+            self._stable_changes = changes
         joined.set_result(None)
         if self._next_flush is not None:
             if self._failure is None:
@@ -417,6 +455,11 @@ class FileStorage(Storage):
                 self._next_flush.set_result(None)
                 self._next_flush = None
         self._ended()
+
+    def _fail(self, error: BaseException) -> None:
+        # The kernel reports a lost page once and marks it clean: a second fdatasync would succeed without it.
+        self._failure = f"{self.path}: a flush failed ({error}), data may be lost: reopen the image"
+        self._forbid_try_write()
 
     async def close(self) -> None:
         """Let the calls in progress end, then give the descriptor and its locks back."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nbdserve.block.cow import is_zero
 from nbdserve.block.node import Node
+from nbdserve.block.writer import WRITE_WAIT
 from nbdserve.errors import RequestError
 from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.memory import MemoryStorage
@@ -290,7 +291,7 @@ async def _refused(node: Node, offset: int, data: bytes) -> None:
 async def test_a_probed_raw_image_cannot_be_turned_into_another_format() -> None:
     storage = MemoryStorage(b"x" * 4096)
     node = await raw_node(storage, guard_probed_raw=True)
-    assert not node.try_write(0, memoryview(QCOW2_HEADER))
+    assert node.submit_write(0, memoryview(QCOW2_HEADER), lambda error: None) == WRITE_WAIT
     await _refused(node, 0, QCOW2_HEADER)
     await _refused(node, 0, QCOW2_HEADER + b"more" * 500)
     await _refused(node, 64, b"\x7f\x10\xda\xbe")

@@ -261,14 +261,17 @@ async def test_a_snapshot_is_served_read_only_and_an_unknown_one_is_refused(tmp_
 
 
 @pytest.mark.parametrize("fields", [{"offset": 512}, {"size": 512}])
-async def test_a_window_is_for_raw_images_only(tmp_path: Path, fields: dict[str, Any]) -> None:
-    path = await _make(tmp_path / "disk.qcow2")
-    assert "raw" in await _refused(tmp_path, _spec(path, **fields), kind=ConfigError)
+async def test_a_window_of_a_backing_image_is_for_raw_ones(tmp_path: Path, fields: dict[str, Any]) -> None:
+    path, base = await _make(tmp_path / "disk.qcow2"), await _make(tmp_path / "base.qcow2")
+    assert "raw" in await _refused(tmp_path, _spec(path, backing=_spec(base, **fields)), kind=ConfigError)
 
 
 async def test_a_window_outside_the_file_is_refused(tmp_path: Path) -> None:
     path = _raw(tmp_path / "disk.raw", b"r", 4096)
     assert "offset" in await _refused(tmp_path, _spec(path, "raw", offset=8192))
+    disk = await _make(tmp_path / "disk.qcow2")
+    assert "offset" in await _refused(tmp_path, _spec(disk, offset=SIZE + 512))
+    assert "size" in await _refused(tmp_path, _spec(disk, None, offset=512, size=SIZE))
 
 
 @pytest.mark.parametrize("what", ["directory", "absent", "fifo"])

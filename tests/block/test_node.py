@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -19,11 +20,17 @@ from nbdserve.block.node import (
     Node,
 )
 from nbdserve.block.pieces import zero_pieces
+from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN, WRITE_WAIT
 from nbdserve.formats.raw import RawDriver
+from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.memory import MemoryStorage
 from nbdserve.units import KIB, MIB
 from tests.block.layers import CLUSTER, Scripted, guest, overlay, raw_node
 from tests.block.test_chain import chains
+
+
+def _never(error: Exception | None) -> None:
+    raise AssertionError("a write that was not taken has ended")
 
 
 def _buffer(length: int) -> memoryview:
@@ -126,26 +133,27 @@ async def test_requests_of_length_zero_are_served_up_to_the_very_end() -> None:
 async def test_a_write_that_needs_more_than_the_bytes_is_not_tried() -> None:
     storage = MemoryStorage(bytes(8192))
     plain = await raw_node(storage)
-    assert plain.try_write(100, memoryview(b"hello"))
+    assert plain.submit_write(100, memoryview(b"hello"), _never) == WRITE_DONE
     assert await plain.read(100, 5) == b"hello"
     for policy in ({"writethrough": True}, {"guard_probed_raw": True}, {"detect_zeroes": "on"}):
         node = await raw_node(storage, **policy)
-        assert not node.try_write(100, memoryview(b"HELLO"))
-        assert not node.submit_write(100, memoryview(b"HELLO"), lambda error: None)
+        assert node.submit_write(100, memoryview(b"HELLO"), _never) == WRITE_WAIT
     read_only = Node([RawDriver(storage, 0, 8192, read_only=True)])
-    assert not read_only.try_write(100, memoryview(b"HELLO"))
+    assert read_only.submit_write(100, memoryview(b"HELLO"), _never) == WRITE_WAIT
     assert await plain.read(100, 5) == b"hello"
 
 
-async def test_writes_in_place_end_where_the_allocated_clusters_end() -> None:
+async def test_a_write_that_needs_one_look_is_complete_at_once() -> None:
     node = await overlay(None, MIB)
     await node.write(4096, b"x" * 8192)
     data = memoryview(b"y" * 8193)
-    assert node.try_write(4096, data[:8192])
-    assert not node.try_write(4096, data)
-    assert not node.try_write(4095, data[:2])
-    assert not node.try_write(0, data[:1])
+    assert node.submit_write(4096, data[:8192], _never) == WRITE_DONE, "in place"
+    assert node.submit_write(4096, data, _never) == WRITE_WAIT, "in place and beyond"
+    assert node.submit_write(4095, data[:2], _never) == WRITE_WAIT
+    assert node.submit_write(100, data[:1], _never) == WRITE_DONE, "a new cluster"
     assert await node.read(4095, 8194) == b"\0" + b"y" * 8192 + b"\0"
+    assert await node.read(0, 4096) == bytes(100) + b"y" + bytes(3995)
+    assert not (await node.top.check()).corruptions
 
 
 async def test_only_data_that_stays_in_its_place_is_sent_from_there() -> None:
@@ -193,7 +201,11 @@ async def test_a_flush_follows_each_change_that_asks_for_it(writethrough: bool) 
     await node.discard(0, 512, fua=True)
     assert storage.flushes == 3
     await node.flush()
-    assert storage.flushes == 4
+    assert storage.flushes == 3, "nothing has changed since"
+    assert node.submit_write(0, memoryview(b"y"), _never) == (WRITE_WAIT if writethrough else WRITE_DONE)
+    assert node.is_stable == writethrough
+    await node.flush()
+    assert storage.flushes == (3 if writethrough else 4)
 
 
 async def test_discard_with_fua_flushes_even_where_discards_are_ignored() -> None:
@@ -234,3 +246,132 @@ async def test_every_layer_is_closed_and_the_first_error_is_raised() -> None:
     with pytest.raises(OSError, match="layer a"):
         await Node([Layer("D", "a"), Layer("D", "b")]).close()
     assert closed == ["layer a", "layer b"]
+
+
+class Slow(MemoryStorage):
+    """A flush takes until it is let go, and may fail."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.started = 0
+        self.go = asyncio.Semaphore(0)
+        self.error: OSError | None = None
+
+    async def flush(self) -> None:
+        self.started += 1
+        await self.go.acquire()
+        if self.error is not None:
+            raise self.error
+
+
+async def _turns() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_flushes_between_which_nothing_changed_are_one() -> None:
+    storage = Slow(bytes(4096))
+    node = await raw_node(storage)
+    await node.write(0, b"x")
+    flushes = [asyncio.create_task(node.flush()) for _ in range(10)]
+    await _turns()
+    flushes.append(asyncio.create_task(node.flush()))
+    await _turns()
+    storage.go.release()
+    await asyncio.wait_for(asyncio.gather(*flushes), 5)
+    assert storage.started == 1
+    assert node.is_stable
+    await asyncio.wait_for(node.flush(), 5)
+    assert storage.started == 1
+
+
+@pytest.mark.parametrize("way", ["write", "submit", "zero", "discard"])
+async def test_a_change_that_ends_after_a_flush_began_is_not_covered_by_it(way: str) -> None:
+    storage = Slow(bytes(8192))
+    node = await raw_node(storage, unmap=True)
+    await node.write(0, b"x")
+    first = asyncio.create_task(node.flush())
+    await _turns()
+    if way == "submit":
+        assert node.submit_write(0, memoryview(b"late"), _never) == WRITE_DONE
+    elif way == "write":
+        await node.write(0, b"late")
+    elif way == "zero":
+        await node.zero(0, 512)
+    else:
+        await node.discard(0, 512)
+    second = asyncio.create_task(node.flush())
+    await _turns()
+    assert storage.started == 2, "the running one does not count"
+    storage.go.release()
+    await asyncio.wait_for(first, 5)
+    await _turns()
+    assert not second.done()
+    assert not node.is_stable
+    storage.go.release()
+    await asyncio.wait_for(second, 5)
+    assert node.is_stable
+
+
+async def test_a_write_under_way_when_a_flush_begins_is_not_counted_as_stable() -> None:
+    class Held(Slow):
+        def try_write(self, offset: int, data: ReadBuffer) -> bool:
+            return False
+
+        async def write_all(self, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
+            await self.go.acquire()
+            for offset, data in pieces:
+                MemoryStorage.try_write(self, offset, data)
+
+    storage = Held(bytes(4096))
+    node = await raw_node(storage)
+    ends: list[Exception | None] = []
+    assert node.submit_write(0, memoryview(b"taken"), ends.append) == WRITE_TAKEN
+    await _turns()
+    flush = asyncio.create_task(node.flush())
+    await _turns()
+    for _ in range(2):
+        storage.go.release()
+    await asyncio.wait_for(flush, 5)
+    await _turns()
+    assert ends == [None]
+    assert not node.is_stable
+    storage.go.release()
+    await asyncio.wait_for(node.flush(), 5)
+    assert node.is_stable
+
+
+async def test_a_failing_flush_is_reported_to_all_who_share_it_and_to_the_next() -> None:
+    storage = Slow(bytes(4096))
+    node = await raw_node(storage)
+    await node.write(0, b"x")
+    storage.error = OSError(errno.EIO, "lost")
+    flushes = [asyncio.create_task(node.flush()) for _ in range(5)]
+    await _turns()
+    flushes[0].cancel()
+    storage.go.release()
+    results = await asyncio.gather(*flushes, return_exceptions=True)
+    assert isinstance(results[0], asyncio.CancelledError)
+    assert all(isinstance(result, OSError) and result.errno == errno.EIO for result in results[1:])
+    assert storage.started == 1
+    assert not node.is_stable
+    storage.go.release()
+    with pytest.raises(OSError, match="lost"):
+        await node.flush()
+    assert storage.started == 2
+
+
+async def test_a_change_that_failed_is_not_taken_for_stable() -> None:
+    class Full(Flushes):
+        async def write(self, offset: int, data: ReadBuffer) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+    storage = Full(bytes(4096))
+    node = await raw_node(storage)
+    await node.flush()
+    assert node.is_stable
+    with pytest.raises(OSError, match="full"):
+        await node.write(0, b"x")
+    assert not node.is_stable
+    await node.flush()
+    assert storage.flushes == 2

@@ -160,6 +160,41 @@ async def test_releasing_what_is_not_held_is_an_error() -> None:
         locks.release(lock)
 
 
+@pytest.mark.parametrize(
+    ("held", "asked", "blocked"),
+    [("shared", False, False), ("shared", True, True), ("exclusive", False, True), ("exclusive", True, True)],
+)
+async def test_blocked_says_what_try_acquire_would(held: str, asked: bool, blocked: bool) -> None:
+    locks = RangeLocks()
+    assert not locks.blocked(0, 100, exclusive=True)
+    holder = getattr(locks, held)(10, 20)
+    assert locks.try_acquire(holder)
+    for start, end in ((0, 11), (19, 30), (10, 20), (12, 13), (0, 100)):
+        assert locks.blocked(start, end, exclusive=asked) == blocked
+        other = (locks.exclusive if asked else locks.shared)(start, end)
+        assert locks.try_acquire(other) != blocked
+        if not blocked:
+            locks.release(other)
+    for start, end in ((0, 10), (20, 30)):
+        assert not locks.blocked(start, end, exclusive=asked)
+    locks.release(holder)
+    assert not locks.blocked(0, 100, exclusive=True)
+
+
+async def test_those_who_wait_block_too() -> None:
+    holders = Holders()
+    await holders.take("a", holders.locks.shared, 0, 10)
+    await holders.take("b", holders.locks.exclusive, 5, 15)
+    assert holders.held == ["a"]
+    assert holders.locks.blocked(12, 13, exclusive=False), "behind b, which came first"
+    assert not holders.locks.blocked(0, 5, exclusive=False)
+    await holders.cancel("b")
+    assert not holders.locks.blocked(12, 13, exclusive=False)
+    assert holders.locks.blocked(0, 5, exclusive=True)
+    await holders.release("a")
+    assert not holders.locks.blocked(0, 100, exclusive=True)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 1 << 32))
 def test_whatever_happens_no_two_conflicting_ranges_are_held_and_nobody_is_forgotten(seed: int) -> None:

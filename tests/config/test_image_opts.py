@@ -69,6 +69,22 @@ def test_flags_stay() -> None:
                 backing=ImageSpec("b", "qcow2", read_only=True, backing=ImageSpec("c", "raw", read_only=True)),
             ),
         ),
+        (
+            {"driver": "raw", "offset": 512, "size": 1024, "discard": "unmap", "detect-zeroes": "on",
+             "file": {"driver": "qcow2", "file": {"filename": "a"}, "backing": None}},
+            ImageSpec(
+                "a", "raw", offset=512, size=1024, discard="unmap", detect_zeroes="on",
+                file=ImageSpec("a", "qcow2", discard="unmap", backing=None),
+            ),
+        ),
+        (
+            {"driver": "qcow2", "file": {"driver": "raw", "offset": 512, "size": "1M", "read-only": True,
+                                         "file": {"driver": "file", "filename": "a.tar", "cache": {"direct": True}}}},
+            ImageSpec(
+                "a.tar", "qcow2", read_only=True, cache="none",
+                file=ImageSpec("a.tar", "raw", read_only=True, offset=512, size=1 << 20, cache="none"),
+            ),
+        ),
     ],
 )  # fmt: skip
 def test_trees(tree: Any, spec: ImageSpec) -> None:
@@ -77,6 +93,19 @@ def test_trees(tree: Any, spec: ImageSpec) -> None:
 
 def test_format_on_the_command_line_wins() -> None:
     assert from_json({"driver": "qcow2", "file.filename": "a"}, ImageSpec("", "raw")) == ImageSpec("a", "raw")
+
+
+def test_the_window_of_the_command_line_is_within_that_of_the_tree() -> None:
+    flags = ImageSpec("", offset=512, detect_zeroes="on")
+    window = ImageSpec("a", "raw", offset=1024, size=8192)
+    assert from_json({"driver": "raw", "offset": 1024, "size": 8192, "file.filename": "a"}, flags) == ImageSpec(
+        "a", "raw", offset=512, detect_zeroes="on", file=window
+    )
+    assert from_json({"driver": "qcow2", "file.filename": "a"}, flags) == ImageSpec(
+        "a", "qcow2", offset=512, detect_zeroes="on"
+    )
+    tree = {"driver": "raw", "file": {"driver": "qcow2", "file.filename": "a"}}
+    assert from_json(tree, flags) == ImageSpec("a", "raw", offset=512, detect_zeroes="on", file=ImageSpec("a", "qcow2"))
 
 
 def test_writeback_is_kept_when_direct_is_set() -> None:
@@ -124,6 +153,13 @@ def test_image_opts() -> None:
             {"driver": "qcow2", "file.filename": "a", "data-file": {"driver": "raw", "size": 1, "file.filename": "d"}},
             r"'data-file\.offset'",
         ),
+        (
+            {"driver": "qcow2", "file.filename": "a",
+             "data-file": {"driver": "raw", "file": {"driver": "qcow2", "file.filename": "d"}}},
+            r"'data-file\.offset'",
+        ),
+        ({"driver": "raw", "file": {"driver": "qcow2", "offset": 1, "file.filename": "a"}}, r"'file\.offset'"),
+        ({"driver": "qcow2", "file": {"driver": "raw", "file": {"bogus": 1}}}, r"'file\.file\.filename'"),
         ({"driver": "qcow2", "file": {"filename": "a"}, "file.filename": "b"}, "twice"),
         ({"driver": "qcow2", "file": "n", "file.filename": "b"}, "contradicts"),
     ],

@@ -52,6 +52,8 @@ class Tally:
     judged_by_qemu: int = 0
     continued: int = 0
     sites: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[int] = field(default_factory=Counter)
+    """What ``submit_write`` answered the guest."""
 
     def add(self, other: Tally) -> None:
         """Sum up."""
@@ -61,6 +63,7 @@ class Tally:
         self.judged_by_qemu += other.judged_by_qemu
         self.continued += other.continued
         self.sites += other.sites
+        self.outcomes += other.outcomes
 
 
 def run_scenario(geometry: Geometry, seed: int, plan: Plan) -> Tally:
@@ -116,6 +119,7 @@ class _Scenario:
         node = await self.image.open(stores)
         workload = Workload(node, model, random.Random(self.rng.random()), mix=self.plan.mix, note=recorder.note)
         await workload.run(operations)
+        self.tally.outcomes.update(workload.outcomes)
         model.check_read(await read_all(node, model.size))
         if self.rng.random() < 0.3:
             begun = model.begin_flush()

@@ -15,9 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from nbdserve.block import status
 from nbdserve.block.node import Node
+from nbdserve.block.writer import WRITE_WAIT
 from tests.support.geometries import CRASH_GEOMETRIES, Image, build, named
 from tests.support.images import HAVE_QEMU
 from tests.support.recording import ByteStorage
+from tests.support.workload import submit
 
 STEPS = int(os.environ.get("NBDSERVE_STEPS", "30"))
 EXAMPLES = int(os.environ.get("NBDSERVE_EXAMPLES", "25"))
@@ -62,7 +64,7 @@ class NodeMachine(RuleBasedStateMachine):
         offset, length = self.place(where, length, unit)
         data = bytes((pattern + i // 512) % 255 + 1 for i in range(0, length)) if length < 3000 else None
         data = data or (bytes([pattern, 255 - pattern, 7]) * (length // 3 + 1))[:length]
-        if not (attempt and not fua and self.node.try_write(offset, memoryview(data))):
+        if fua or not attempt or self.run(submit(self.node, offset, data)) == WRITE_WAIT:
             self.run(self.node.write(offset, data, fua=fua))
         self.content[offset : offset + length] = data
 

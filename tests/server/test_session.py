@@ -304,6 +304,8 @@ async def test_a_failed_flush_is_reported_on_every_connection_and_new_ones(
         with monkeypatch.context() as patched:
             patched.setattr("os.fdatasync", failing)
             patched.setattr("os.fsync", failing)
+            assert not (await second.ask(CMD_FLUSH)).error, "nothing has changed since the last one"
+            assert not (await first.ask(CMD_WRITE, 0, data=b"x" * 512)).error
             assert (await first.ask(CMD_FLUSH)).error == errno.EIO
         third = await served.connect()
         for client in (first, second, third):

@@ -9,14 +9,14 @@ import fcntl
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.extents import DATA
-from nbdserve.storage import blocking
+from nbdserve.storage import aio, blocking
 from nbdserve.storage import file as file_module
 from nbdserve.storage.file import CACHE_MODES, FileStorage, sync_parent
 from nbdserve.storage.pool import worker_pool
@@ -166,9 +166,12 @@ async def test_refused_nowait_writes_are_tried_once(path: str, monkeypatch: pyte
     writes: list[int] = []
     storage = await FileStorage.open(path)
     monkeypatch.setattr(os, "pwritev", refuse(errno.EOPNOTSUPP, writes))
+    storage._in_memory = False
+    storage._choose_attempts()
+    assert not storage.try_write(0, b"b")
     for _ in range(5):
-        assert not storage.try_write(0, b"b")
-    assert len(writes) <= 1
+        storage.try_write(0, b"b")
+    assert len(writes) == 1
     await storage.close()
 
 
@@ -183,6 +186,45 @@ async def test_busy_pages_are_tried_again(path: str, monkeypatch: pytest.MonkeyP
         assert not storage.try_read_into(0, memoryview(bytearray(10)))
         assert not storage.try_write(0, b"b")
     assert len(attempts) >= 3
+    await storage.close()
+
+
+async def test_what_is_cached_is_sent_as_far_as_the_socket_takes_it(path: str) -> None:
+    storage = await FileStorage.open(path)
+    data = os.urandom(64 * KIB)
+    await storage.write(0, data)
+    await storage.read(0, 64 * KIB)
+    if not storage.can_send(0, 64 * KIB):
+        pytest.skip("the kernel does not tell what is cached")
+    ours, peer = socket.socketpair()
+    with ours, peer:
+        ours.setblocking(False)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        received, turns = b"", 0
+        while len(received) < 60_000:
+            sent = storage.send(ours.fileno(), 100 + len(received), 60_000 - len(received))
+            assert storage.send(ours.fileno(), 0, 100) == 0 or len(received) + sent == 60_000, "full"
+            received += peer.recv(sent, socket.MSG_WAITALL)
+            turns += 1
+        assert turns > 1
+        assert received == data[100:60_100]
+        with pytest.raises(OSError, match="the file ends before byte"):
+            storage.send(ours.fileno(), 64 * KIB, 10)
+    await storage.close()
+
+
+async def test_pages_that_are_not_cached_cannot_be_sent(path: str) -> None:
+    storage = await FileStorage.open(path)
+    await storage.read(0, 64 * KIB)
+    if storage._in_memory or not storage.can_send(0, 64 * KIB):
+        pytest.skip("the kernel does not tell what is cached")
+    await storage.flush()
+    os.fsync(storage._fd)
+    os.posix_fadvise(storage._fd, 32 * KIB, 8 * KIB, os.POSIX_FADV_DONTNEED)
+    assert not storage.can_send(0, 64 * KIB)
+    assert not storage.can_send(39 * KIB, 2 * KIB)
+    assert storage.can_send(0, 32 * KIB)
+    assert not storage.can_send(60 * KIB, 5 * KIB), "past the end there is nothing to send"
     await storage.close()
 
 
@@ -299,6 +341,144 @@ async def test_a_write_covered_by_the_flush_was_written_before_the_sync(path: st
     syncs.released.release()
     await covering
     assert syncs.started == 2
+    await storage.close()
+
+
+async def test_a_flush_after_nothing_has_changed_is_no_sync(path: str, syncs: Syncs) -> None:
+    storage = await FileStorage.open(path)
+    syncs.released.release(100)
+    changes: tuple[Callable[[], Awaitable[None]], ...] = (
+        lambda: storage.write(0, b"b"),
+        lambda: storage.write_all([(0, b"b"), (100, b"c")]),
+        lambda: storage.zero(0, 512),
+        lambda: storage.discard(0, 512),
+        lambda: storage.truncate(64 * KIB),
+    )
+    for number, change in enumerate(changes, 1):
+        await change()
+        for _ in range(3):
+            await storage.flush()
+        assert syncs.started == number
+    await _attempt(storage)
+    await storage.flush()
+    assert syncs.started == len(changes) + 1
+    await storage.close()
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+async def test_a_write_that_ends_while_a_sync_runs_needs_another(path: str, syncs: Syncs, in_memory: bool) -> None:
+    storage = await FileStorage.open(path)
+    storage._in_memory = in_memory
+    storage._choose_attempts()
+    await storage.write(0, b"b")
+    writes: tuple[Callable[[], Awaitable[None]], ...] = (
+        lambda: storage.write(0, b"c"),
+        lambda: _attempt(storage),
+    )
+    for write in writes:
+        before = syncs.started
+        running = asyncio.create_task(storage.flush())
+        await settled(lambda: syncs.started == before + 1)  # noqa: B023
+        await write()
+        syncs.released.release()
+        await running
+        syncs.released.release()
+        await storage.flush()
+        assert syncs.started == before + 2
+        await storage.flush()
+        assert syncs.started == before + 2
+        await storage.write(0, b"b")
+    await storage.close()
+
+
+async def _attempt(storage: FileStorage) -> None:
+    if not storage.try_write(0, b"d" * 4096):
+        await storage.write(0, b"d" * 4096)
+
+
+async def test_write_stable_is_one_job_of_writes_and_a_sync(path: str, syncs: Syncs) -> None:
+    storage = await FileStorage.open(path)
+    syncs.released.release(1)
+    await storage.write_stable([(0, b"one"), (70 * KIB, b"two")])
+    assert syncs.started == 1
+    assert storage.size == 70 * KIB + 3
+    assert await storage.read(0, 4) == b"onea"
+    assert await storage.read(70 * KIB, 3) == b"two"
+    await storage.flush()
+    assert syncs.started == 1, "nothing has changed since"
+    await storage.close()
+
+
+async def test_write_stable_is_not_counted_as_the_sync_of_what_ended_meanwhile(path: str, syncs: Syncs) -> None:
+    storage = await FileStorage.open(path)
+    stable = asyncio.create_task(storage.write_stable([(0, b"one")]))
+    await settled(lambda: syncs.started == 1)
+    await storage.write(4096, b"late")
+    syncs.released.release(2)
+    await stable
+    await storage.flush()
+    assert syncs.started == 2
+    await storage.close()
+
+
+async def test_a_failing_sync_of_write_stable_is_final(path: str, syncs: Syncs) -> None:
+    storage = await FileStorage.open(path)
+    syncs.error = OSError(errno.EIO, "Input/output error")
+    syncs.released.release(10)
+    with pytest.raises(OSError, match="a flush failed"):
+        await storage.write_stable([(0, b"b")])
+    syncs.error = None
+    for call in (
+        storage.flush,
+        lambda: storage.write(0, b"c"),
+        lambda: storage.write_stable([(0, b"c")]),
+    ):
+        with pytest.raises(OSError, match="a flush failed") as caught:
+            await call()
+        assert caught.value.errno == errno.EIO
+    assert not storage.try_write(0, b"c")
+    assert syncs.started == 1
+    await storage.close()
+
+
+async def test_a_failing_write_of_write_stable_is_passed_on_and_not_final(
+    path: str, syncs: Syncs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = await FileStorage.open(path)
+    syncs.released.release(10)
+    with monkeypatch.context() as faulty:
+        faulty.setattr(os, "pwrite", refuse(errno.ENOSPC, []))
+        with pytest.raises(OSError) as caught:
+            await storage.write_stable([(0, b"b")])
+        assert caught.value.errno == errno.ENOSPC
+    assert syncs.started == 0
+    await storage.flush()
+    assert syncs.started == 1, "what was written in part is not taken for stable"
+    await storage.write_stable([(0, b"b")])
+    await storage.close()
+
+
+async def test_write_stable_of_an_unsafe_storage_does_not_sync(path: str, syncs: Syncs) -> None:
+    storage = await FileStorage.open(path, cache="unsafe")
+    await storage.write_stable([(0, b"b"), (10, b"c")])
+    assert syncs.started == 0
+    assert await storage.read(0, 11) == b"b" + b"a" * 9 + b"c"
+    await storage.close()
+
+
+async def test_direct_writes_never_bypass_the_gate(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An AIO write beside a read-modify-write of the same block would be undone by it."""
+    submitted: list[int] = []
+    monkeypatch.setattr(aio, "io_submit", refuse(errno.EIO, submitted))
+    try:
+        storage = await FileStorage.open(path, cache="none")
+    except ImageError:
+        pytest.skip("this file system has no direct I/O")
+    if storage._direct is None:
+        pytest.skip("a file system in memory")
+    await storage.write_all([(0, b"b" * 4096), (8192, b"c" * 4096)])
+    await storage.write_stable([(0, b"d" * 4096), (8192, b"e" * 4096)])
+    assert not submitted
     await storage.close()
 
 

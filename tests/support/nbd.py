@@ -7,6 +7,8 @@ import os
 import struct
 from pathlib import Path
 
+from nbdserve.block.writer import WRITE_WAIT, Done
+
 READ, WRITE, DISC, FLUSH, TRIM, WRITE_ZEROES = 0, 1, 2, 3, 4, 6
 FLAG_FUA, FLAG_NO_HOLE = 1, 2
 OPT_GO, REP_ACK, REP_INFO = 7, 1, 3
@@ -74,9 +76,9 @@ class NbdClient:
         await self.writer.drain()
         return await future
 
-    def try_write(self, offset: int, data: memoryview) -> bool:
+    def submit_write(self, offset: int, data: memoryview, done: Done) -> int:
         """A client has no such shortcut."""
-        return False
+        return WRITE_WAIT
 
     async def read(self, offset: int, length: int) -> bytes:
         return await self.request(READ, offset, length)
@@ -116,8 +118,8 @@ class Connections:
         self.turn += 1
         return self.clients[self.turn % len(self.clients)]
 
-    def try_write(self, offset: int, data: memoryview) -> bool:
-        return False
+    def submit_write(self, offset: int, data: memoryview, done: Done) -> int:
+        return WRITE_WAIT
 
     async def read(self, offset: int, length: int) -> bytes:
         return await self._next().read(offset, length)

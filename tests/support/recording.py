@@ -10,7 +10,7 @@ import asyncio
 import errno
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -216,6 +216,15 @@ class RecordingStorage(ByteStorage):
         if not len(data):
             return
         await self._run("write", offset, data, len(data))
+
+    async def write_all(self, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
+        """In any order, side by side: the contract promises none."""
+        order = list(pieces)
+        self.recorder.rng.shuffle(order)
+        results = await asyncio.gather(*(self.write(*piece) for piece in order), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     async def zero(self, offset: int, length: int, *, unmap: bool = True, fast: bool = False) -> None:
         if fast and self.recorder.rng.random() < 0.5:

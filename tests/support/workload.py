@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN, WRITE_WAIT, Done
 from nbdserve.units import KIB, MIB, SECTOR_SIZE
 from tests.support.model import ModelDisk, Operation
 
@@ -15,7 +17,7 @@ from tests.support.model import ModelDisk, Operation
 class Disk(Protocol):
     """What a workload drives: a Node, or an NBD client."""
 
-    def try_write(self, offset: int, data: memoryview) -> bool: ...
+    def submit_write(self, offset: int, data: memoryview, done: Done) -> int: ...
     async def read(self, offset: int, length: int) -> bytes | bytearray: ...
     async def write(self, offset: int, data: bytes, *, fua: bool = False) -> None: ...
     async def zero(self, offset: int, length: int, *, unmap: bool = True, fua: bool = False) -> None: ...
@@ -74,6 +76,8 @@ class Workload:
         self.on_error = on_error
         self.active: set[_Active] = set()
         self.errors = 0
+        self.outcomes: Counter[int] = Counter()
+        """How often ``submit_write`` answered what."""
         self.stopped = False
 
     async def run(self, operations: int) -> int:
@@ -176,12 +180,18 @@ class Workload:
         offset, length = operation.offset, operation.length
         if operation.kind == "write":
             data = operation.data
-            if fua or not self.disk.try_write(offset, memoryview(data)):
+            if fua or not await self._submit(offset, data):
                 await self.disk.write(offset, data, fua=fua)
         elif operation.kind == "zero":
             await self.disk.zero(offset, length, unmap=self.rng.random() < 0.6, fua=fua)
         else:
             await self.disk.discard(offset, length, fua=fua)
+
+    async def _submit(self, offset: int, data: bytes) -> bool:
+        """Write as a connection does; False if that has to wait and nothing was done."""
+        outcome = await submit(self.disk, offset, data, lent=self.rng.random() < 0.5)
+        self.outcomes[outcome] += 1
+        return outcome != WRITE_WAIT
 
     def _failed(self, error: BaseException) -> None:
         self.errors += 1
@@ -205,6 +215,27 @@ class Workload:
         if offset + length > size:
             length = size - offset
         return offset, length - length % SECTOR_SIZE or SECTOR_SIZE
+
+
+async def submit(disk: Disk, offset: int, data: bytes, *, lent: bool = True) -> int:
+    """``submit_write``, awaited where it is taken; its outcome. A ``lent`` buffer is used again at once."""
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def done(error: Exception | None) -> None:
+        if error is None:
+            ended.set_result(None)
+        else:
+            ended.set_exception(error)
+
+    buffer = bytearray(data) if lent else data
+    outcome = disk.submit_write(offset, memoryview(buffer), done)
+    assert outcome in (WRITE_WAIT, WRITE_DONE, WRITE_TAKEN)
+    assert not ended.done(), "done is called before submit_write returned"
+    if isinstance(buffer, bytearray):
+        buffer[:] = b"\xdb" * len(buffer)
+    if outcome == WRITE_TAKEN:
+        await ended
+    return outcome
 
 
 async def read_all(disk: Disk, size: int, step: int = 16 * MIB) -> bytes:

@@ -38,7 +38,7 @@ RootsOption: TypeAlias = Annotated[
         "--image-root",
         metavar="DIR",
         help="Open the files that image headers name below this directory; may be repeated. "
-        "Default: the directory of the image.",
+        "The directory of the image is one in any case.",
         show_default=False,
     ),
 ]
@@ -46,7 +46,7 @@ RootsOption: TypeAlias = Annotated[
 
 def roots_for(path: str, given: list[Path] | None) -> ImageRoots:
     """The directories in which files named by headers may be."""
-    return ImageRoots(given) if given else ImageRoots.of_image(path)
+    return ImageRoots([Path(path).parent, *(given or [])])
 
 
 async def open_layer(
@@ -62,7 +62,9 @@ async def open_layer_on(storage: Storage, format_name: str | None) -> FormatDriv
     try:
         # The mapping and the metadata are all that is looked at, so an external data file may stay closed.
         options = {"data_file_storage": storage}
-        return await driver_for(format_name or await probe(storage)).open(storage, options, read_only=True)
+        return await driver_for(format_name or await probe(storage), storage.path).open(
+            storage, options, read_only=True
+        )
     except BaseException:
         await storage.close()
         raise

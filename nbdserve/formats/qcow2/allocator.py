@@ -76,6 +76,8 @@ class Allocator:
         self.quarantine += _runs(clusters)
 
     def _holds_metadata(self, first: int, count: int) -> bool:
+        if count == 1:
+            return first in self.metadata
         if count < len(self.metadata):
             return not self.metadata.isdisjoint(range(first, first + count))
         return any(first <= cluster < first + count for cluster in self.metadata)

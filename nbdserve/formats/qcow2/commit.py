@@ -161,8 +161,7 @@ class Committer:
         never written, whose garbage would count clusters in use as free.
         """
         if batch.new_blocks:
-            await self._storage.write_all(batch.new_blocks)
-            await self._storage.flush()
+            await self._storage.write_stable(batch.new_blocks)
 
     async def _barrier_refcount_table(self, batch: _Batch) -> None:
         """A refcount table that moved is stable in its new place before the header names that.
@@ -172,8 +171,7 @@ class Committer:
         """
         if batch.moved_table is not None:
             table, clusters = batch.moved_table
-            await self._storage.write_all([table])
-            await self._storage.flush()
+            await self._storage.write_stable([table])
             await self._header.patch(
                 REFCOUNT_TABLE_FIELDS_AT, table[0].to_bytes(8, "big") + clusters.to_bytes(4, "big")
             )
@@ -184,11 +182,11 @@ class Committer:
         Crash before the barrier: counts may be higher than what refers to the clusters, which is a leak. Counts that
         are lowered here are those of clusters whose last mapping an earlier commit has removed for good.
         """
-        if batch.refcounts:
-            await self._storage.write_all(batch.refcounts)
         if self._data is not self._storage:
             await self._data.flush()
-        if self._data is self._storage or batch.refcounts:
+        if batch.refcounts:
+            await self._storage.write_stable(batch.refcounts)
+        elif self._data is self._storage:
             await self._storage.flush()
 
     async def _barrier_mapping(self, batch: _Batch) -> None:
@@ -199,8 +197,7 @@ class Committer:
         table that was complete before it.
         """
         if batch.mapping:
-            await self._storage.write_all(batch.mapping)
-            await self._storage.flush()
+            await self._storage.write_stable(batch.mapping)
 
     async def _release_quarantine(self, freed: list[ClusterRange]) -> None:
         """Clusters that lost their mapping before this commit become free: no mapping on disk has them any more.

@@ -44,10 +44,12 @@ class Qcow2Driver(Qcow2Image):
         index = (offset >> self._bits) & self._l2_mask
         entry = entries[index]
         host_offset = entry & OFFSET_MASK
-        if not host_offset or entry & self.not_plain:
-            return self._lookup_special(entries, index, offset, length)
         inside = offset & self._cluster_mask
         run = self.cluster_size - inside
+        if not host_offset or entry & self.not_plain:
+            if not entry and run >= length and not self.external:
+                return UNALLOCATED, length, -1
+            return self._lookup_special(entries, index, offset, length)
         if run < length:
             # Clusters that follow each other in the file have entries that differ by the cluster size.
             step, end = self.cluster_size, self._l2_entries

@@ -160,7 +160,12 @@ class Qcow2Image(FormatDriver):
         if not header.has_data_file:
             return None
         if header.data_file_name is None:
-            raise UnsupportedImageError(storage.path, "the header does not name the external data file")
+            raise UnsupportedImageError(
+                storage.path,
+                "the header does not name the external data file",
+                field="incompatible_features",
+                value=header.incompatible,
+            )
         return header.data_file_name
 
     async def _repair_dirty(self) -> None:

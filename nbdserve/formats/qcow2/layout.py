@@ -290,7 +290,8 @@ class Header:
 
     def _check_features(self, path: str, crypt_method: int) -> None:
         if unknown := self.incompatible & ~INCOMPATIBLE_KNOWN:
-            names = ", ".join(self._feature_name(bit) for bit in range(64) if unknown >> bit & 1)
+            bits = [bit for bit in range(64) if unknown >> bit & 1]
+            names = ", ".join(map(self._feature_name, bits[:4])) + (", ..." if len(bits) > 4 else "")
             raise UnsupportedImageError(
                 path, f"unknown features: {names}", field="incompatible_features", value=unknown
             )

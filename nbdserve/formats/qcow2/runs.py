@@ -163,7 +163,7 @@ def _decode_extended(driver: Qcow2Driver, words: Words) -> Columns:
     kind[zero] = ZERO
     kind[allocated] = DATA
     offsets = host[:, None] + numbers.astype(np.int64) * (driver.cluster_size // SUBCLUSTERS)
-    offsets[(kind == UNALLOCATED) | ~placed[:, None]] = -1
+    offsets[~placed] = -1
     flat_kind: npt.NDArray[np.uint8] = kind.reshape(-1)
     flat_offsets: Int64Array = offsets.reshape(-1)
     if compressed.any():

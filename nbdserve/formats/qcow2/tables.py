@@ -22,6 +22,7 @@ Piece: TypeAlias = tuple[int, ReadBuffer]
 CACHE_BYTES: Final = 32 * MIB
 WORDS_PER_SECTOR_BITS: Final = 6
 """log2 of the 64 words in a 512-byte sector, the unit tables are written back in."""
+_SECTORS_PER_PAGE: Final = 8
 _TABLE_OVERHEAD: Final = 1024
 """Bytes of objects per cached table, which is what counts with 512-byte clusters."""
 
@@ -37,10 +38,13 @@ def encode_words(words: Words) -> bytes:
 
 
 def sector_runs(sectors: Iterable[int]) -> list[tuple[int, int]]:
-    """``[first, end)`` of each run of consecutive numbers in ``sectors``."""
+    """``[first, end)`` of runs that cover ``sectors``; those less than a page apart share a run.
+
+    The sectors between them are written as they are on disk already, which costs less than a write of their own.
+    """
     runs: list[tuple[int, int]] = []
     for sector in sorted(sectors):
-        if runs and runs[-1][1] == sector:
+        if runs and sector - runs[-1][1] < _SECTORS_PER_PAGE:
             runs[-1] = (runs[-1][0], sector + 1)
         else:
             runs.append((sector, sector + 1))

@@ -1,3 +1,5 @@
+import random
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,44 @@ def test_what_is_printed_is_what_qemu_img_prints(tmp_path: Path, monkeypatch: py
             assert ours.json() == qemu_img("map", "--output", "json", *part, name).json(), (name, part)
         ours, theirs = image(monkeypatch, "map", name), qemu_img("map", name)
         assert (ours.code, ours.out) == (theirs.code, theirs.out), name
+
+
+@needs_qemu
+@pytest.mark.parametrize("below", ["nothing", "raw", "shorter", "extended", "external"])
+def test_partly_filled_clusters_are_mapped_as_by_qemu_img(
+    below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Subclusters nobody wrote have an offset where their layer is the last one with that range."""
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(below)
+    size = 4 << 20
+
+    def make(name: str, *arguments: str, count: int = 30) -> None:
+        assert qemu_img("create", "-q", "-f", "qcow2", *arguments).code == 0
+        commands = []
+        for _ in range(count):
+            what = rng.choice(("write", "write", "write -z", "write -z -u", "discard"))
+            offset, length = rng.randrange(size // 512) * 512, rng.choice((512, 2048, 10240, 65536, 200704))
+            commands += ["-c", f"{what} {offset} {min(length, size - offset)}"]
+        subprocess.run(["qemu-io", "-f", "qcow2", *commands, name], check=True, stdout=subprocess.DEVNULL)
+
+    options = ["-o", "extended_l2=on,cluster_size=64k"]
+    if below == "extended":
+        make("base", *options, "base", str(size), count=8)
+        options += ["-b", "base", "-F", "qcow2"]
+    elif below in ("raw", "shorter"):
+        (tmp_path / "base").write_bytes(b"b" * (size if below == "raw" else 1_234_944))
+        options += ["-b", "base", "-F", "raw"]
+    elif below == "external":
+        options[1] += ",data_file=data"
+    make("image", *options, "image", str(size))
+    theirs = qemu_img("map", "--output", "json", "image").json()
+    assert image(monkeypatch, "map", "--output", "json", "image").json() == theirs
+    if below != "raw":
+        assert any("offset" in row and not row["present"] for row in theirs), "no such subcluster in this image"
+    for part in (["-s", "1000448"], ["-s", "99999", "-l", "2M"]):
+        ours = image(monkeypatch, "map", "--output", "json", *part, "image")
+        assert ours.json() == qemu_img("map", "--output", "json", *part, "image").json(), part
 
 
 async def test_rows_merge_across_pieces() -> None:

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from nbdserve.extents import COMPRESSED, DATA
+from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.storage.file import FileStorage
 from nbdserve.units import align_down, align_up
@@ -161,7 +161,7 @@ async def mapping(driver: Qcow2Driver, start: int = 0, end: int | None = None) -
 
 
 async def agrees(driver: Qcow2Driver) -> None:
-    """``iter_runs`` and ``lookup`` tell the same."""
+    """``iter_runs`` and ``lookup`` tell the same, but for space reserved for what is unallocated."""
     for start, length, kind, host_offset in await mapping(driver):
         position, end = start, start + length
         while position < end:
@@ -170,6 +170,7 @@ async def agrees(driver: Qcow2Driver) -> None:
                 await driver.load(position)
                 continue
             where = host_offset + position - start if host_offset >= 0 and kind != COMPRESSED else host_offset
+            where = -1 if kind == UNALLOCATED else where
             assert (found[0], found[2]) == (kind, where), (position, found, kind, host_offset)
             position += found[1]
 
