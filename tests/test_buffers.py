@@ -6,7 +6,7 @@ import mmap
 
 import pytest
 
-from nbdserve.buffers import BufferPool, ReusedBuffer
+from nbdserve.buffers import BufferPool, ReusedBuffer, fill_zeroes
 from nbdserve.units import GIB, KIB, MIB
 
 
@@ -78,3 +78,9 @@ def test_long_buffers_are_not_kept() -> None:
     data = pool.take(5 * MIB)
     pool.give(data)
     assert pool.take(5 * MIB) is not data
+
+
+def test_long_buffers_are_zeroed_to_the_last_byte() -> None:
+    buffer = memoryview(bytearray(b"\xee" * (2 * MIB + 5)))
+    fill_zeroes(buffer)
+    assert not any(buffer)

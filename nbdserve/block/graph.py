@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -116,9 +117,11 @@ async def _open_layers(spec: ImageSpec, roots: ImageRoots, layers: list[FormatDr
                     value=layer.backing.name,
                     hint=f"qemu-img rebase -u -F FORMAT -b {layer.backing.name} {layer.path}",
                 )
-            storage = await _open_beneath(
-                roots, layer.backing.name, layer.path, field="backing file", read_only=True, spec=spec
+            fd = _open_beneath(
+                roots, layer.backing.name, layer.path, "backing file", seen, "the chain loops: it is a layer already"
             )
+            path = str(Path(layer.path).parent / layer.backing.name)
+            storage = await FileStorage.from_fd(fd, path, cache=spec.cache, force_share=spec.force_share)
             spec = ImageSpec(
                 storage.path, layer.backing.format, read_only=True, cache=spec.cache, force_share=spec.force_share
             )
@@ -159,8 +162,6 @@ async def _open_layer(
         if data_file is not None:
             options["data_file_storage"] = data_file
     try:
-        if data_file is not None and data_file.identity == _file_identity(storage):
-            raise ImageError(storage.path, "it is the image itself", field="data file", value=data_file.path)
         return await driver.open(storage, options, read_only=read_only)
     except BaseException:
         if data_file is not None:
@@ -179,23 +180,42 @@ def _file_identity(storage: Storage) -> tuple[int, int]:
 async def _open_data_file(
     driver: Any, storage: Storage, spec: ImageSpec, roots: ImageRoots, *, read_only: bool
 ) -> FileStorage | None:
+    own, problem = (_file_identity(storage),), "it is the image itself"
     if spec.data_file is not None:
-        return await FileStorage.open(
+        data_file = await FileStorage.open(
             spec.data_file.path, read_only=read_only, cache=spec.cache, force_share=spec.force_share
         )
+        if data_file.identity in own:
+            await data_file.close()
+            raise ImageError(storage.path, problem, field="data file", value=data_file.path)
+        return data_file
     name = await driver.data_file_name(storage)
     if name is None:
         return None
-    return await _open_beneath(roots, name, storage.path, field="data file", read_only=read_only, spec=spec)
-
-
-async def _open_beneath(
-    roots: ImageRoots, name: str, named_by: str, *, field: str, read_only: bool, spec: ImageSpec
-) -> FileStorage:
-    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC
-    fd = roots.open_beneath(name, relative_to=named_by, flags=flags, field=field)
-    path = str(Path(named_by).parent / name)
+    fd = _open_beneath(roots, name, storage.path, "data file", own, problem, os.O_RDONLY if read_only else os.O_RDWR)
+    path = str(Path(storage.path).parent / name)
     return await FileStorage.from_fd(fd, path, cache=spec.cache, force_share=spec.force_share)
+
+
+def _open_beneath(
+    roots: ImageRoots,
+    name: str,
+    named_by: str,
+    field: str,
+    own: Collection[tuple[int, int]],
+    problem: str,
+    access: int = os.O_RDONLY,
+) -> int:
+    """The descriptor of the file a header names; ImageError with ``problem`` when it is one of ``own``.
+
+    This is found before the file is locked: the lock would be refused, as if another process had the file.
+    """
+    fd = roots.open_beneath(name, relative_to=named_by, flags=access | os.O_CLOEXEC, field=field)
+    status = os.fstat(fd)
+    if (status.st_dev, status.st_ino) in own:
+        os.close(fd)
+        raise ImageError(named_by, problem, field=field, value=name)
+    return fd
 
 
 async def _temporary_overlay(base: FormatDriver) -> FormatDriver:

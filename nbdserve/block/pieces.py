@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final, TypeAlias
+from typing import TypeAlias
 
-from nbdserve.units import MIB
+from nbdserve.buffers import fill_zeroes
 
 Piece: TypeAlias = tuple[bool, int]
 """``(is zero, length)``: a part of a read; of a zero part the buffer is not touched."""
-
-_ZEROES: Final = bytes(1 * MIB)
-
-
-def fill_zeroes(buffer: memoryview) -> None:
-    """Zero ``buffer``."""
-    length = len(buffer)
-    for start in range(0, length, MIB):
-        part = min(MIB, length - start)
-        buffer[start : start + part] = _ZEROES[:part] if part < MIB else _ZEROES
 
 
 def add_piece(pieces: list[Piece], is_zero: bool, length: int) -> None:

@@ -16,8 +16,9 @@ import numpy as np
 
 from nbdserve.block.mapping import ChainMap, map_chain
 from nbdserve.block.node import READ_DATA, READ_SPLIT, READ_ZERO, Node
-from nbdserve.block.pieces import fill_zeroes, zero_pieces
+from nbdserve.block.pieces import zero_pieces
 from nbdserve.block.writer import WRITE_TAKEN, WRITE_WAIT
+from nbdserve.buffers import fill_zeroes
 from nbdserve.errors import RequestError
 from nbdserve.extents import DATA, UNALLOCATED, ZERO, RunArray
 from nbdserve.formats.raw import RawDriver

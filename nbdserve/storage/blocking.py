@@ -12,6 +12,7 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
+from nbdserve.buffers import ZEROES, fill_zeroes
 from nbdserve.extents import DATA, ZERO, RunArray
 from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.syscalls import (
@@ -27,7 +28,6 @@ from nbdserve.units import MIB, align_down, align_up
 FullWrite: TypeAlias = Callable[[int, int, ReadBuffer], None]
 """``write_fully``, or its direct I/O form: ``(fd, offset, data)``."""
 
-_ZEROES: Final = bytes(MIB)
 _UNSUPPORTED: Final = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY))
 """What a file system or a driver answers that has no such call. EINVAL is not among them: it is a fault of ours."""
 
@@ -41,13 +41,6 @@ def read_fully(fd: int, offset: int, buffer: memoryview) -> None:
             fill_zeroes(buffer[done:])
             return
         done += count
-
-
-def fill_zeroes(buffer: memoryview) -> None:
-    """Clear ``buffer``."""
-    for start in range(0, len(buffer), MIB):
-        piece = buffer[start : start + MIB]
-        piece[:] = _ZEROES[: len(piece)]
 
 
 def write_fully(fd: int, offset: int, data: ReadBuffer) -> None:
@@ -67,7 +60,7 @@ def write_zeroes(write: FullWrite, fd: int, offset: int, length: int) -> None:
     end = offset + length
     while offset < end:
         count = min(MIB, end - offset)
-        write(fd, offset, _ZEROES[:count] if count < MIB else _ZEROES)
+        write(fd, offset, ZEROES[:count] if count < MIB else ZEROES)
         offset += count
 
 

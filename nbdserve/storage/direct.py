@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
+from nbdserve.buffers import fill_zeroes
 from nbdserve.storage.base import ReadBuffer
-from nbdserve.storage.blocking import fill_zeroes, write_fully
+from nbdserve.storage.blocking import write_fully
 from nbdserve.units import MIB, align_down, align_up
 
 _BOUNCE_SIZE: Final = MIB

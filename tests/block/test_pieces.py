@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from nbdserve.block.pieces import add_piece, fill_zeroes, zero_pieces
-from nbdserve.units import MIB
+from nbdserve.block.pieces import add_piece, zero_pieces
 
 
 def test_pieces_are_merged_and_zeroed() -> None:
@@ -14,9 +13,3 @@ def test_pieces_are_merged_and_zeroed() -> None:
     buffer = memoryview(bytearray(b"\xee" * 8))
     zero_pieces(buffer, pieces)
     assert bytes(buffer) == b"\xee" * 3 + bytes(4) + b"\xee"
-
-
-def test_long_buffers_are_zeroed_to_the_last_byte() -> None:
-    buffer = memoryview(bytearray(b"\xee" * (2 * MIB + 5)))
-    fill_zeroes(buffer)
-    assert not any(buffer)

@@ -7,6 +7,7 @@ import errno
 from collections.abc import Sequence
 
 from nbdserve.block.node import Node
+from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN
 from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.memory import MemoryStorage
 from nbdserve.units import KIB
@@ -50,10 +51,15 @@ class Client:
         self.ended: dict[int, list[Exception | None]] = {}
 
     def submit(self, offset: int, data: bytes) -> bool:
+        """Whether the write was taken. The buffer is used again at once."""
         ends: list[Exception | None] = []
-        if taken := self.node.submit_write(offset, memoryview(data), ends.append):
+        buffer = bytearray(data)
+        outcome = self.node.submit_write(offset, memoryview(buffer), ends.append)
+        buffer[:] = b"\xdb" * len(buffer)
+        assert outcome != WRITE_DONE, "these storages do nothing at once"
+        if outcome == WRITE_TAKEN:
             self.ended[offset] = ends
-        return taken
+        return outcome == WRITE_TAKEN
 
     async def all_ended(self) -> None:
         async with asyncio.timeout(5):

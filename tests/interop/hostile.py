@@ -25,7 +25,7 @@ NBDSERVE, QEMU_NBD = str(BIN / "nbdserve"), str(BIN / "nbdserve-qemu-nbd")
 CLUSTER = 65536
 LONGEST_MESSAGE = 300
 """Characters, the directory of the test not counted."""
-SECONDS = 60
+SECONDS = 30
 U32, U64 = (1 << 32) - 1, (1 << 64) - 1
 
 
@@ -146,14 +146,15 @@ def refused(directory: Path, argv: Sequence[str | Path], *names: object, code: i
 def command(name: str, image: Path, *options: str) -> list[str | Path]:
     """One of the commands that open an image, by a short name."""
     sock = image.parent / "nbd.sock"
-    return {
+    commands: dict[str, list[str | Path]] = {
         "serve": [NBDSERVE, "serve", "-k", sock, *options, image],
         "qemu-nbd": [QEMU_NBD, "-k", sock, *options, image],
         "info": [NBDSERVE, "image", "info", *options, image],
         "check": [NBDSERVE, "image", "check", *options, image],
         "map": [NBDSERVE, "image", "map", "--output=json", *options, image],
         "create": [NBDSERVE, "image", "create", "-q", "-f", "qcow2", "-b", image, "-F", "qcow2", image.parent / "new"],
-    }[name]
+    }
+    return commands[name]
 
 
 def shown(value: int) -> str:

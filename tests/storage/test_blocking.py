@@ -98,12 +98,6 @@ def test_a_write_of_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
     assert caught.value.errno == errno.EIO
 
 
-def test_large_fills(tmp_path: Path) -> None:
-    buffer = bytearray(b"\xff" * ((3 << 20) + 5))
-    blocking.fill_zeroes(memoryview(buffer))
-    assert buffer == bytes(len(buffer))
-
-
 def test_seek_map_with_the_size_of_the_caller(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     os.pwrite(fd, b"a" * 8192, 0)

@@ -89,7 +89,10 @@ async def _collect(
         identity = getattr(driver.storage, "identity", None)
         if identity in seen:
             await driver.storage.close()
-            raise ImageError(path, "the chain loops: this file is already a layer of it", field="backing file")
+            name = layers[-1].info.backing.name if layers[-1].info.backing else None
+            raise ImageError(
+                layers[-1].path, "the chain loops: it is a layer already", field="backing file", value=name
+            )
         seen.add(identity)
         layers.append(await _describe(driver, path))
         backing = layers[-1].info.backing
