@@ -1,7 +1,7 @@
 """The values that describe a mapping: runs (of one layer) and extents (of a whole chain).
 
 A **run** says what one image layer has at a guest range; it is a plain tuple, because one is made for every
-request on the hot path (a NamedTuple costs 8x): ``(kind, length, host_offset)``.
+request on the hot path (a NamedTuple costs 5x): ``(kind, length, host_offset)``.
 
 A **RunArray** is the same for millions of runs at once, in numpy columns.
 """

@@ -218,7 +218,7 @@ async def discard(node: Node, offset: int, length: int) -> None:
 
 
 def is_zero(data: memoryview) -> bool:
-    """Whether every byte of ``data`` is zero; 20 GB/s, and the first nonzero sector usually decides."""
+    """Whether every byte of ``data`` is zero; 12 GB/s, and data that is not zero is mostly told by its first bytes."""
     if any(data[:16]):
         return False
     return not np.frombuffer(data, np.uint8).any()

@@ -30,7 +30,7 @@ READ_SPLIT: Final = 3
 """The range is made of several runs: use ``try_read_pieces``."""
 
 MAX_SYNC_PIECES: Final = 64
-"""Runs that one read may be made of on the event loop (64 x 2 us); a read of more is handed to a task."""
+"""Runs that one read may be made of on the event loop, 2 to 3 us each; a read of more is handed to a task."""
 
 
 class Node:

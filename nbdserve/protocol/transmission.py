@@ -38,7 +38,7 @@ the next call of the parser, unless its buffer is kept (``ReusedBuffer.detach``)
 """
 
 RECEIVE_SIZE: Final = 256 << 10
-"""One receive takes up to this. 16 writes of 4 KiB fit four times; larger gains nothing with 208 KiB unix sockets."""
+"""One receive takes up to this. 16 writes of 4 KiB fit four times."""
 INLINE_PAYLOAD: Final = 64 << 10
 """A payload longer than this that is not complete in the receive buffer gets a buffer of its own."""
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _EMPTY_POLLS: Final = 5
-"""10 us."""
+"""Attempts, 1.4 us each."""
 _MOST_POLLED: Final = 64 if len(os.sched_getaffinity(0)) > 1 else 0
 """Then the other clients have their turn. On a single CPU the peer could not go on meanwhile."""
 _GIVE_UP: Final = 16
@@ -70,8 +70,9 @@ class Connection(asyncio.BufferedProtocol):
             self._drop(error)
 
     def _poll(self, session: Session) -> None:
-        """Look for the next request before sleeping in the kernel: two of three round trips of a client that waits for
-        each reply end in this time, and cost neither side a wake-up (30 % more requests a second at queue depth 1).
+        """Look for the next request before sleeping in the kernel: one that comes at once costs neither side a wake-up.
+
+        At queue depth 1 that is 31 % more requests a second (fio, 4 KiB random reads, two CPUs).
 
         After 16 times in vain it is done one time in 32.
         """

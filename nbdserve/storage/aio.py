@@ -1,8 +1,8 @@
 """Many small writes with one system call: Linux AIO (io_submit(2)).
 
 On a buffered file io_submit does the writes before it returns. What counts is that a worker thread gives up the
-interpreter lock once for all of them: after each single pwrite it would wait until the event loop lets go of the lock,
-which costs 10 to 50 us a time.
+interpreter lock once for all of them: after each single pwrite it would have to wait until the event loop lets go of
+the lock.
 """
 
 from __future__ import annotations

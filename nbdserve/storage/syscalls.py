@@ -79,7 +79,7 @@ _cachestat_result = (ctypes.c_uint64 * 5)()
 def cached_pages(fd: int, offset: int, length: int) -> int:
     """How many pages of the range are in the page cache, from cachestat(2); OSError(ENOSYS) before Linux 6.5.
 
-    2 us for 256 KiB. For one thread: the arguments are reused.
+    1 us for 256 KiB. For one thread: the arguments are reused.
     """
     _cachestat_range[0], _cachestat_range[1] = offset, length
     if _libc.syscall(_SYS_CACHESTAT, fd, _cachestat_range, _cachestat_result, 0) != 0:
