@@ -23,7 +23,7 @@ from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.check_analysis import Analysis, analyse, read_header
 from nbdserve.formats.qcow2.check_walk import Int64Array, Tables, Window, walk_l2
 from nbdserve.formats.qcow2.refcounts import Counts, encode_counts
-from nbdserve.formats.qcow2.tables import Piece, encode_words
+from nbdserve.formats.tables import Piece, encode_words
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, div_ceil
 

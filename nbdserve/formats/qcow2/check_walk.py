@@ -21,7 +21,7 @@ from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.bitmap_directory import read_bitmap_directory
 from nbdserve.formats.qcow2.refcounts import Counts, decode_counts
 from nbdserve.formats.qcow2.snapshots import read_snapshots
-from nbdserve.formats.qcow2.tables import decode_words
+from nbdserve.formats.tables import decode_words
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up, div_ceil
 

@@ -18,7 +18,7 @@ from typing import Final
 from nbdserve.formats.qcow2.allocator import Allocator, ClusterRange
 from nbdserve.formats.qcow2.layout import REFCOUNT_TABLE_FIELDS_AT
 from nbdserve.formats.qcow2.refcounts import Refcounts
-from nbdserve.formats.qcow2.tables import L2Cache, Piece, Table, encode_words
+from nbdserve.formats.tables import L2Cache, Piece, Table, encode_words
 from nbdserve.storage.base import Storage
 
 _log: Final = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from nbdserve.formats.base import Allocation
 from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.formats.qcow2.layout import COMPRESSED_FLAG, COPIED, OFFSET_MASK, ZERO_FLAG, Header, compressed_range
 from nbdserve.formats.qcow2.runs import iter_runs
-from nbdserve.formats.qcow2.tables import L2Table
+from nbdserve.formats.tables import L2Table
 from nbdserve.units import div_ceil
 
 

@@ -30,7 +30,7 @@ from nbdserve.formats.qcow2.layout import (
 from nbdserve.formats.qcow2.metadata import metadata_clusters
 from nbdserve.formats.qcow2.refcounts import Refcounts
 from nbdserve.formats.qcow2.snapshots import Snapshot, describe, find_snapshot, read_snapshots
-from nbdserve.formats.qcow2.tables import L2Cache, L2Table, Table, decode_words
+from nbdserve.formats.tables import L2Cache, L2Table, Table, decode_words
 from nbdserve.storage.base import Storage
 from nbdserve.units import KIB, SECTOR_SIZE
 

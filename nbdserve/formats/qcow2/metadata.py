@@ -9,7 +9,7 @@ import numpy as np
 from nbdserve.errors import CorruptImageError
 from nbdserve.formats.qcow2.layout import AUTOCLEAR_BITMAPS, COPIED, OFFSET_MASK, Header
 from nbdserve.formats.qcow2.snapshots import Snapshot
-from nbdserve.formats.qcow2.tables import Table, Words
+from nbdserve.formats.tables import Table, Words
 from nbdserve.units import div_ceil
 
 

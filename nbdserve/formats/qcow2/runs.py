@@ -12,7 +12,7 @@ import numpy.typing as npt
 from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO, Int64Array, RunArray, RunStream
 from nbdserve.formats.qcow2.layout import COMPRESSED_FLAG, COPIED, OFFSET_MASK, SUBCLUSTERS, ZERO_FLAG
-from nbdserve.formats.qcow2.tables import Words, decode_words
+from nbdserve.formats.tables import Words, decode_words
 from nbdserve.units import MIB
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO, Run
 from nbdserve.formats.base import Allocation
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.formats.qcow2.layout import COMPRESSED_FLAG, COPIED, OFFSET_MASK, SUBCLUSTERS, Header, compressed_range
-from nbdserve.formats.qcow2.tables import L2Table, Table
+from nbdserve.formats.tables import L2Table, Table
 from nbdserve.storage.base import Storage
 from nbdserve.units import div_ceil
 

@@ -1,13 +1,14 @@
-"""L1 and L2 tables in memory: native 64-bit words, indexed as Python ints, with their dirty sectors.
+"""Allocation tables in memory: native words, indexed as Python ints, with their dirty sectors. For every format.
 
-A table is decoded from big endian once (numpy, 8 us for 64 KiB) and indexed through a memoryview (40 ns, a numpy
-scalar costs 100).
+A table is decoded from its stored form once (numpy, 8 us for 64 KiB) and indexed through a memoryview (40 ns, a numpy
+scalar costs 100). A format with one table has a ``Table``; one with two levels has a ``Table`` of L2 tables and keeps
+those it uses in an ``L2Cache``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,25 +17,32 @@ from nbdserve.storage.base import ReadBuffer
 from nbdserve.units import MIB, SECTOR_SIZE
 
 Words: TypeAlias = npt.NDArray[np.uint64]
+AnyWords: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
+"""Native words of 4 or 8 bytes."""
+StoredForm: TypeAlias = Literal[">u8", "<u8", ">u4", "<u4"]
+"""How a word is on disk: byte order and bytes."""
 Piece: TypeAlias = tuple[int, ReadBuffer]
 """``(host_offset, bytes)`` to be written."""
 
 CACHE_BYTES: Final = 32 * MIB
-WORDS_PER_SECTOR_BITS: Final = 6
-"""log2 of the 64 words in a 512-byte sector, the unit tables are written back in."""
 _SECTORS_PER_PAGE: Final = 8
 _TABLE_OVERHEAD: Final = 1024
 """Bytes of objects per cached table, which is what counts with 512-byte clusters."""
 
 
 def decode_words(data: ReadBuffer) -> Words:
-    """Native words of a table as stored; a copy that may be changed."""
+    """Native words of a table of big-endian u64; a copy that may be changed."""
     return np.frombuffer(data, ">u8").astype(np.uint64)
 
 
 def encode_words(words: Words) -> bytes:
-    """The stored form of ``words``."""
+    """``words`` as big-endian u64."""
     return words.astype(">u8").tobytes()
+
+
+def decode_table(data: ReadBuffer, stored: StoredForm) -> AnyWords:
+    """Native words of a table as stored; a copy that may be changed."""
+    return np.frombuffer(data, stored).astype(f"u{stored[2]}")
 
 
 def sector_runs(sectors: Iterable[int]) -> list[tuple[int, int]]:
@@ -52,27 +60,42 @@ def sector_runs(sectors: Iterable[int]) -> list[tuple[int, int]]:
 
 
 class Table:
-    """Words at ``host_offset``, with the numbers of the 512-byte sectors that differ from the disk."""
+    """Words at ``host_offset``, with the numbers of the 512-byte sectors that differ from the disk.
 
-    __slots__ = ("dirty", "entries", "host_offset", "words")
+    ``words`` are native, of the size that ``stored`` says.
+    """
 
-    def __init__(self, host_offset: int, words: Words) -> None:
+    __slots__ = ("_sector_bits", "_stored", "dirty", "entries", "host_offset", "words")
+
+    def __init__(self, host_offset: int, words: AnyWords, stored: StoredForm = ">u8") -> None:
         self.host_offset = host_offset
         self.words = words
-        self.entries: memoryview[int] = words.data.cast("B").cast("Q")
+        self.entries: memoryview[int] = words.data.cast("B").cast("Q" if words.itemsize == 8 else "I")
         self.dirty: set[int] = set()
+        self._stored = stored
+        self._sector_bits = 6 if words.itemsize == 8 else 7
+        """log2 of the words in a sector, the unit tables are written back in."""
 
     def store(self, index: int, word: int) -> None:
         """Change one word."""
         self.entries[index] = word
-        self.dirty.add(index >> WORDS_PER_SECTOR_BITS)
+        self.dirty.add(index >> self._sector_bits)
+
+    def touch(self, first: int, end: int) -> None:
+        """The words ``[first, end)`` were changed."""
+        self.dirty.update(range(first >> self._sector_bits, (end - 1 >> self._sector_bits) + 1))
+
+    def encode(self) -> bytes:
+        """The stored form of the whole table as it is now."""
+        return self.words.astype(self._stored).tobytes()
 
     def pieces(self, sectors: Iterable[int]) -> list[Piece]:
         """The stored form of these sectors as they are now."""
         result: list[Piece] = []
+        bits = self._sector_bits
         for first, end in sector_runs(sectors):
-            words = self.words[first << WORDS_PER_SECTOR_BITS : end << WORDS_PER_SECTOR_BITS]
-            result.append((self.host_offset + first * SECTOR_SIZE, encode_words(words)))
+            words = self.words[first << bits : end << bits].astype(self._stored)
+            result.append((self.host_offset + first * SECTOR_SIZE, words.tobytes()))
         return result
 
 
@@ -81,8 +104,10 @@ class L2Table(Table):
 
     __slots__ = ("_changed", "fresh", "l1_index", "pins")
 
-    def __init__(self, l1_index: int, host_offset: int, words: Words, changed: set[L2Table]) -> None:
-        super().__init__(host_offset, words)
+    def __init__(
+        self, l1_index: int, host_offset: int, words: AnyWords, changed: set[L2Table], stored: StoredForm = ">u8"
+    ) -> None:
+        super().__init__(host_offset, words, stored)
         self.l1_index = l1_index
         self.fresh = False
         self.pins = 0
@@ -98,9 +123,14 @@ class L2Table(Table):
         """Let go of it."""
         self.pins -= 1
 
+    def store(self, index: int, word: int) -> None:
+        """Change one word."""
+        super().store(index, word)
+        self._changed.add(self)
+
     def touch(self, first: int, end: int) -> None:
         """The words ``[first, end)`` were changed."""
-        self.dirty.update(range(first >> WORDS_PER_SECTOR_BITS, (end - 1 >> WORDS_PER_SECTOR_BITS) + 1))
+        self.dirty.update(range(first >> self._sector_bits, (end - 1 >> self._sector_bits) + 1))
         self._changed.add(self)
 
 
@@ -111,12 +141,12 @@ class L2Cache:
     that differ from the disk, or are pinned, stay.
     """
 
-    def __init__(self, table_bytes: int, limit: int = CACHE_BYTES) -> None:
+    def __init__(self, table_bytes: int, limit: int = CACHE_BYTES, stored: StoredForm = ">u8") -> None:
         self.recent: dict[int, L2Table] = {}
         self.changed: set[L2Table] = set()
         """The tables that differ from the disk."""
         self._old: dict[int, L2Table] = {}
-        self._table_bytes = table_bytes
+        self._stored: StoredForm = stored
         self._generation = max(4, limit // 2 // (table_bytes + _TABLE_OVERHEAD))
 
     @property
@@ -145,8 +175,8 @@ class L2Cache:
             self.recent.clear()
         self.recent[table.l1_index] = table
 
-    def create(self, l1_index: int, host_offset: int, words: Words) -> L2Table:
+    def create(self, l1_index: int, host_offset: int, words: AnyWords) -> L2Table:
         """Add a table with these words, which are those on disk."""
-        table = L2Table(l1_index, host_offset, words, self.changed)
+        table = L2Table(l1_index, host_offset, words, self.changed, self._stored)
         self.add(table)
         return table

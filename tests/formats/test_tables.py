@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import itertools
+from typing import Literal
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdserve.formats.qcow2.tables import L2Cache, Table, decode_words, encode_words, sector_runs
+from nbdserve.formats.tables import (
+    L2Cache,
+    StoredForm,
+    Table,
+    decode_table,
+    decode_words,
+    encode_words,
+    sector_runs,
+)
 
 
 def test_words_are_big_endian_on_disk() -> None:
@@ -41,6 +51,38 @@ def test_a_table_of_less_than_a_sector_ends_where_it_ends() -> None:
     table = Table(512, np.zeros(3, np.uint64))
     table.store(2, 1)
     assert table.pieces(table.dirty) == [(512, bytes(23) + b"\1")]
+
+
+@pytest.mark.parametrize(
+    ("stored", "size", "byteorder"),
+    [(">u8", 8, "big"), ("<u8", 8, "little"), (">u4", 4, "big"), ("<u4", 4, "little")],
+)
+def test_words_of_every_stored_form(stored: StoredForm, size: int, byteorder: Literal["big", "little"]) -> None:
+    data = bytes(range(200, 200 + 4 * size))
+    table = Table(1 << 20, decode_table(data, stored), stored)
+    assert list(table.entries) == [int.from_bytes(data[at : at + size], byteorder) for at in range(0, 4 * size, size)]
+    assert table.encode() == data
+    table.store(1, 0x01020304)
+    assert table.pieces(table.dirty) == [
+        (1 << 20, data[:size] + (0x01020304).to_bytes(size, byteorder) + data[2 * size :])
+    ]
+
+
+def test_sectors_of_32_bit_words_have_128_of_them() -> None:
+    table = Table(0, np.zeros(4096, np.uint32), "<u4")
+    table.store(127, 1)
+    assert table.dirty == {0}
+    table.touch(128, 257)
+    assert table.dirty == {0, 1, 2}
+
+
+def test_a_stored_word_counts_as_a_change_of_the_cache() -> None:
+    cache = L2Cache(4096, stored="<u4")
+    table = cache.create(5, 8192, np.zeros(1024, np.uint32))
+    assert not cache.changed
+    table.store(200, 7)
+    assert cache.changed == {table}
+    assert [(offset, len(data)) for offset, data in table.pieces(table.dirty)] == [(8192 + 512, 512)]
 
 
 def test_the_cache_is_bounded_and_keeps_what_differs_from_the_disk() -> None:
