@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,10 @@ from nbdserve.units import align_up
 
 MAX_CHAIN_DEPTH: Final = 64
 """Layers of one chain. A chain that loops is found by the identity of its files long before."""
+MAX_COMPANIONS: Final = 1024
+"""Files one image may consist of, each of which takes a descriptor. 2 TiB in extents of 2 GiB are 1024."""
+_ITSELF: Final = "it is the image itself"
+_LOOPS: Final = "the chain loops: it is a layer already"
 
 
 async def open_image(spec: ImageSpec, roots: ImageRoots | None = None) -> Node:
@@ -35,15 +40,11 @@ async def open_image(spec: ImageSpec, roots: ImageRoots | None = None) -> Node:
     if spec.format != "raw" and (spec.offset or spec.size is not None):
         spec = await _window(spec, roots)
     layers: list[FormatDriver] = []
-    try:
-        probed_raw = await _open_layers(spec, roots, layers)
+    async with AsyncExitStack() as files:
+        probed_raw = await _open_layers(spec, roots, layers, files)
         if spec.overlay:
             layers.insert(0, await _temporary_overlay(layers[0]))
-    except BaseException:
-        for layer in layers:
-            await layer.storage.close()
-            await layer.data.close()
-        raise
+        files.pop_all()
     return Node(
         layers,
         unmap=spec.discard == "unmap",
@@ -83,23 +84,47 @@ async def _open_storage(spec: ImageSpec, roots: ImageRoots, *, read_only: bool) 
     return await FileStorage.open(spec.path, read_only=read_only, cache=spec.cache, force_share=spec.force_share)
 
 
-async def _open_layers(spec: ImageSpec, roots: ImageRoots, layers: list[FormatDriver]) -> bool:
-    """Append the layers from ``spec`` down; whether the first one was probed to be raw."""
+async def open_alone(
+    storage: Storage,
+    name: str,
+    roots: ImageRoots | None = None,
+    *,
+    force_share: bool = False,
+    secret: bytes | None = None,
+) -> FormatDriver:
+    """One layer by itself, for looking at its metadata: the driver is read-only, also where ``storage`` is not.
+
+    Its backing file stays closed, and so does what holds nothing but guest data. A failed open closes ``storage``.
+    """
+    roots = roots or ImageRoots.of_image(storage.path)
+    async with AsyncExitStack() as files:
+        files.push_async_callback(storage.close)
+        driver = driver_for(name, storage.path)
+        options: dict[str, Any] = {"has_backing": True, "secret": secret}
+        options["companions"] = await _open_companions(
+            driver, storage, roots, files, read_only=storage.read_only, force_share=force_share, metadata_only=True
+        )
+        layer = await driver.open(storage, options, read_only=True)
+        files.pop_all()
+    return layer
+
+
+async def _open_layers(spec: ImageSpec, roots: ImageRoots, layers: list[FormatDriver], files: AsyncExitStack) -> bool:
+    """Append the layers from ``spec`` down; whether the first was probed to be raw. ``files`` closes all of them."""
     read_only = spec.read_only or spec.overlay or spec.snapshot is not None
     storage = await _open_storage(spec, roots, read_only=read_only)
     probed_raw = False
     seen: dict[tuple[int, int], str] = {}
     while True:
-        try:
-            _refuse_loop(storage, seen, layers)
-            name = spec.format
-            if name is None:
-                name = await probe(storage)
-                probed_raw = not layers and name == "raw"
-            layer = await _open_layer(storage, name, spec, roots, read_only=read_only)
-        except BaseException:
-            await storage.close()
-            raise
+        files.push_async_callback(storage.close)
+        _refuse_loop(storage, seen, layers)
+        name = spec.format
+        if name is None:
+            name = await probe(storage)
+            probed_raw = not layers and name == "raw"
+        layer = await _open_layer(storage, name, spec, roots, files, read_only=read_only)
+        if layers:
+            layers[-1].accept_backing(layer)
         layers.append(layer)
         if spec.backing is None or (spec.backing == "header" and layer.backing is None):
             return probed_raw
@@ -117,9 +142,7 @@ async def _open_layers(spec: ImageSpec, roots: ImageRoots, layers: list[FormatDr
                     value=layer.backing.name,
                     hint=f"qemu-img rebase -u -F FORMAT -b {layer.backing.name} {layer.path}",
                 )
-            fd = _open_beneath(
-                roots, layer.backing.name, layer.path, "backing file", seen, "the chain loops: it is a layer already"
-            )
+            fd = _open_beneath(roots, layer.backing.name, layer.path, "backing file", dict.fromkeys(seen, _LOOPS))
             path = str(Path(layer.path).parent / layer.backing.name)
             storage = await FileStorage.from_fd(fd, path, cache=spec.cache, force_share=spec.force_share)
             spec = ImageSpec(
@@ -142,31 +165,42 @@ def _refuse_loop(storage: Storage, seen: dict[tuple[int, int], str], layers: lis
 
 
 async def _open_layer(
-    storage: Storage, name: str, spec: ImageSpec, roots: ImageRoots, *, read_only: bool
+    storage: Storage, name: str, spec: ImageSpec, roots: ImageRoots, files: AsyncExitStack, *, read_only: bool
 ) -> FormatDriver:
     driver = driver_for(name, storage.path)
-    options: dict[str, Any] = {"discard": spec.discard}
-    if isinstance(spec.backing, ImageSpec):
-        options["has_backing"] = True
+    options: dict[str, Any] = {
+        "discard": spec.discard,
+        "has_backing": isinstance(spec.backing, ImageSpec),
+        "secret": spec.secret,
+    }
     if name == "raw":
         options |= {"offset": spec.offset, "size": spec.size}
     elif spec.offset or spec.size is not None:
         raise ConfigError(f"{spec.path}: offset and size of a backing image need format raw, and this one is {name}")
     if spec.snapshot is not None:
-        if not hasattr(driver, "data_file_name"):
+        if not driver.has_snapshots:
             raise ConfigError(f"{spec.path}: {name} images have no internal snapshots (snapshot {spec.snapshot!r})")
         options["snapshot"] = spec.snapshot
-    data_file: FileStorage | None = None
-    if hasattr(driver, "data_file_name"):
-        data_file = await _open_data_file(driver, storage, spec, roots, read_only=read_only)
-        if data_file is not None:
-            options["data_file_storage"] = data_file
-    try:
-        return await driver.open(storage, options, read_only=read_only)
-    except BaseException:
-        if data_file is not None:
-            await data_file.close()
-        raise
+    if spec.data_file is not None:
+        if not driver.takes_data_file:
+            raise ConfigError(f"{spec.path}: {name} images have no external data file")
+        options["companions"] = [await _open_data_file(storage, spec, spec.data_file, files, read_only=read_only)]
+    else:
+        options["companions"] = await _open_companions(
+            driver, storage, roots, files, read_only=read_only, cache=spec.cache, force_share=spec.force_share
+        )
+    return await driver.open(storage, options, read_only=read_only)
+
+
+async def _open_data_file(
+    storage: Storage, spec: ImageSpec, chosen: ImageSpec, files: AsyncExitStack, *, read_only: bool
+) -> FileStorage:
+    """The data file the user gave."""
+    data_file = await FileStorage.open(chosen.path, read_only=read_only, cache=spec.cache, force_share=spec.force_share)
+    files.push_async_callback(data_file.close)
+    if data_file.identity == _file_identity(storage):
+        raise ImageError(storage.path, _ITSELF, field="data file", value=data_file.path)
+    return data_file
 
 
 def _file_identity(storage: Storage) -> tuple[int, int]:
@@ -177,24 +211,42 @@ def _file_identity(storage: Storage) -> tuple[int, int]:
     return storage.identity
 
 
-async def _open_data_file(
-    driver: Any, storage: Storage, spec: ImageSpec, roots: ImageRoots, *, read_only: bool
-) -> FileStorage | None:
-    own, problem = (_file_identity(storage),), "it is the image itself"
-    if spec.data_file is not None:
-        data_file = await FileStorage.open(
-            spec.data_file.path, read_only=read_only, cache=spec.cache, force_share=spec.force_share
+async def _open_companions(
+    driver: type[FormatDriver],
+    storage: Storage,
+    roots: ImageRoots,
+    files: AsyncExitStack,
+    *,
+    read_only: bool,
+    cache: str = "writeback",
+    force_share: bool = False,
+    metadata_only: bool = False,
+) -> list[Storage]:
+    """The other files of the image on ``storage``, as its header names them."""
+    companions = await driver.companions(storage)
+    if len(companions) > MAX_COMPANIONS:
+        raise ImageError(
+            storage.path,
+            f"an image has at most {MAX_COMPANIONS} files",
+            field=companions[MAX_COMPANIONS].field,
+            value=companions[MAX_COMPANIONS].name,
         )
-        if data_file.identity in own:
-            await data_file.close()
-            raise ImageError(storage.path, problem, field="data file", value=data_file.path)
-        return data_file
-    name = await driver.data_file_name(storage)
-    if name is None:
-        return None
-    fd = _open_beneath(roots, name, storage.path, "data file", own, problem, os.O_RDONLY if read_only else os.O_RDWR)
-    path = str(Path(storage.path).parent / name)
-    return await FileStorage.from_fd(fd, path, cache=spec.cache, force_share=spec.force_share)
+    opened: list[Storage] = []
+    own: dict[tuple[int, int], str] = {_file_identity(storage): _ITSELF}
+    for companion in companions:
+        if metadata_only and companion.guest_data_only:
+            opened.append(storage)
+            continue
+        writable = not (read_only or companion.read_only)
+        fd = _open_beneath(
+            roots, companion.name, storage.path, companion.field, own, os.O_RDWR if writable else os.O_RDONLY
+        )
+        path = str(Path(storage.path).parent / companion.name)
+        file = await FileStorage.from_fd(fd, path, cache=cache, force_share=force_share)
+        files.push_async_callback(file.close)
+        own[file.identity] = "it is another part of the image already"
+        opened.append(file)
+    return opened
 
 
 def _open_beneath(
@@ -202,17 +254,17 @@ def _open_beneath(
     name: str,
     named_by: str,
     field: str,
-    own: Collection[tuple[int, int]],
-    problem: str,
+    known: Mapping[tuple[int, int], str],
     access: int = os.O_RDONLY,
 ) -> int:
-    """The descriptor of the file a header names; ImageError with ``problem`` when it is one of ``own``.
+    """The descriptor of the file a header names; ImageError when it is one of ``known``, with what it is there.
 
     This is found before the file is locked: the lock would be refused, as if another process had the file.
     """
     fd = roots.open_beneath(name, relative_to=named_by, flags=access | os.O_CLOEXEC, field=field)
     status = os.fstat(fd)
-    if (status.st_dev, status.st_ino) in own:
+    problem = known.get((status.st_dev, status.st_ino))
+    if problem is not None:
         os.close(fd)
         raise ImageError(named_by, problem, field=field, value=name)
     return fd

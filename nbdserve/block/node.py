@@ -141,10 +141,12 @@ class Node:
             if kind == DATA:
                 await layer.data.read_into(host_offset, buffer[position : position + length])
             elif kind == COMPRESSED:
-                cluster = await layer.read_compressed(at)
-                skip = at % layer.cluster_size
-                length = min(length, layer.cluster_size - skip)
-                buffer[position : position + length] = memoryview(cluster)[skip : skip + length]
+                start, unit = await layer.read_compressed(at)
+                skip = at - start
+                length = min(length, len(unit) - skip)
+                assert skip >= 0
+                assert length > 0
+                buffer[position : position + length] = memoryview(unit)[skip : skip + length]
             add_piece(pieces, kind == ZERO, length)
             position += length
         return pieces

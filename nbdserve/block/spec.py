@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
 CACHE_MODES: Final = ("none", "writeback", "unsafe", "directsync", "writethrough")
@@ -33,6 +33,8 @@ class ImageSpec:
     """The image whose disk holds this one's bytes, instead of the file at ``path``, which then only names it."""
     data_file: ImageSpec | None = None
     """The external data file, instead of the one the image's header names."""
+    secret: bytes | None = field(default=None, repr=False)
+    """The passphrase of an encrypted image."""
     force_share: bool = False
     """Open although another process may be writing it (qemu-img ``-U``); the view is then not consistent."""
     overlay: bool = False

@@ -19,10 +19,11 @@ nothing on disk ever points at data or tables that are not stable.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from nbdserve.errors import ConfigError
 from nbdserve.extents import Run, RunStream
 from nbdserve.storage.base import Storage
 
@@ -34,6 +35,21 @@ class BackingReference:
     name: str
     format: str | None
     """The declared format; None where the header has none (the engine then refuses: a format is never guessed)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """Another file that belongs to the image: an external data file, an extent. Nothing is opened by a driver."""
+
+    name: str
+    """As the header has it: relative names begin at the directory of the image."""
+    field: str
+    """What errors call it."""
+    read_only: bool = False
+    """Never written, also when the image is."""
+    guest_data_only: bool = False
+    """It holds nothing but guest bytes, so what looks at metadata alone leaves it closed; the driver is given the
+    image's own storage in its place."""
 
 
 @dataclass(slots=True)
@@ -109,6 +125,10 @@ class FormatDriver(ABC):
     name: ClassVar[str]
     """QEMU's format name."""
     create_options: ClassVar[tuple[CreateOption, ...]] = ()
+    has_snapshots: ClassVar[bool] = False
+    """``open`` takes ``snapshot``, the id or name of an internal snapshot, and is then read-only."""
+    takes_data_file: ClassVar[bool] = False
+    """The one companion such an image may have can be chosen by the user (``data-file``)."""
 
     path: str
     read_only: bool
@@ -136,15 +156,71 @@ class FormatDriver(ABC):
     async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
         """Open the image on ``storage``; the driver owns it from here on (a failed open leaves it to the caller).
 
-        Options are the driver's runtime options (``data_file_storage``, ``snapshot``, raw's ``offset`` and ``size``).
+        Every driver may find these options: ``discard`` (``"unmap"``: give freed space back to the file system, or
+        ``"ignore"``); ``has_backing``, whether the user put a layer below this one, whatever the header says;
+        ``companions``, the open storages of ``companions()`` in the same order, owned like ``storage``; ``secret``,
+        the passphrase of an encrypted image, bytes or None. Others belong to one format: ``snapshot``
+        (``has_snapshots``), raw's ``offset`` and ``size``.
+
         Raises ImageError naming file, field and value; nothing is modified by a failed or a read-only open.
         """
 
     @classmethod
-    async def create(cls, storage: Storage, size: int, options: Mapping[str, str], **resources: Any) -> None:
-        """Make ``storage`` (empty) an image of ``size`` bytes.
+    async def companions(cls, storage: Storage) -> Sequence[Companion]:
+        """The other files the header on ``storage`` names, to be opened before it. ImageError as for ``open``."""
+        return ()
 
-        Options are strings as after ``-o``; ConfigError names a bad one.
+    def accept_backing(self, backing: FormatDriver) -> None:
+        """Called once, with the layer below as it was opened.
+
+        ImageError, naming field and value, when it is not the parent this image was made on.
+        """
+
+    # --- making one ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def validate_create(cls, size: int, options: Mapping[str, str]) -> None:
+        """ConfigError for every bad option, and for a size the format cannot have; nothing is touched.
+
+        Options are strings as after ``-o``, without ``size``.
+        """
+        cls.check_option_names(options)
+
+    @classmethod
+    def check_option_names(cls, options: Mapping[str, str]) -> None:
+        """ConfigError for the first option that is none of ``create_options``."""
+        known = {option.name for option in cls.create_options}
+        for name in options:
+            if name not in known:
+                if name in ("backing_file", "backing_fmt"):
+                    raise ConfigError(f"{cls.name} images have no backing file")
+                raise ConfigError(f"unknown {cls.name} option {name!r}: `-o help` lists the options there are")
+
+    @classmethod
+    def created_size(cls, size: int, options: Mapping[str, str]) -> int:
+        """The virtual size an image made with ``size`` has: formats that count in larger units round it."""
+        return size
+
+    @classmethod
+    def created_companions(cls, path: str, size: int, options: Mapping[str, str]) -> Sequence[str]:
+        """The other files that making the image ``path`` makes, as names relative to it; for checked options."""
+        return ()
+
+    @classmethod
+    async def create(
+        cls,
+        storage: Storage,
+        size: int,
+        options: Mapping[str, str],
+        *,
+        companions: Sequence[Storage] = (),
+        backing: FormatDriver | None = None,
+        secret: bytes | None = None,
+    ) -> None:
+        """Make ``storage`` an image of ``size`` bytes; what the files held before is lost. Stable on return.
+
+        ``companions`` are the storages of ``created_companions``, ``backing`` the open backing file if the caller has
+        it, ``secret`` the passphrase of an encrypted image. ConfigError for a bad option, as ``validate_create``.
         """
         raise NotImplementedError
 
@@ -165,8 +241,11 @@ class FormatDriver(ABC):
     def iter_runs(self, start: int, end: int) -> RunStream:
         """The mapping of ``[start, end)`` in large vectorised pieces; works on the tables as they are in memory."""
 
-    async def read_compressed(self, offset: int) -> bytes:
-        """The ``cluster_size`` uncompressed bytes of the COMPRESSED cluster that contains ``offset``."""
+    async def read_compressed(self, offset: int) -> tuple[int, bytes]:
+        """The COMPRESSED unit that contains ``offset``: the guest offset where it begins, and its content.
+
+        Units need not be aligned, or all of one size. RequestError(EIO) when the stored form is damaged.
+        """
         raise NotImplementedError
 
     # --- changing it ---------------------------------------------------------------------------------------------
@@ -210,6 +289,13 @@ class FormatDriver(ABC):
         It never lets the content of a backing layer appear. 0: this layer cannot; nothing happens.
         """
         return 0
+
+    async def resize(self, size: int) -> None:
+        """Change the virtual size to ``size`` bytes; what is new reads as zeroes. Stable on return.
+
+        ConfigError when the format cannot have that size, or cannot shrink.
+        """
+        raise NotImplementedError
 
     async def flush(self) -> None:
         """All changes of the mapping published before this call, and the data behind them, are stable on return."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 from nbdserve.errors import ConfigError, ImageError
@@ -55,11 +55,27 @@ class RawDriver(FormatDriver):
         return cls(storage, offset, size, read_only=read_only)
 
     @classmethod
-    async def create(cls, storage: Storage, size: int, options: Mapping[str, str], **resources: Any) -> None:
-        """A sparse file of ``size`` bytes; ``preallocation=falloc|full`` reserves or writes it."""
+    def validate_create(cls, size: int, options: Mapping[str, str]) -> None:
+        """The names, and ``preallocation``."""
+        cls.check_option_names(options)
         preallocation = options.get("preallocation", "off")
         if preallocation not in {"off", "falloc", "full"}:
             raise ConfigError(f"preallocation={preallocation}: raw images take off, falloc or full")
+
+    @classmethod
+    async def create(
+        cls,
+        storage: Storage,
+        size: int,
+        options: Mapping[str, str],
+        *,
+        companions: Sequence[Storage] = (),
+        backing: FormatDriver | None = None,
+        secret: bytes | None = None,
+    ) -> None:
+        """A sparse file of ``size`` bytes; ``preallocation=falloc|full`` reserves or writes it."""
+        cls.validate_create(size, options)
+        preallocation = options.get("preallocation", "off")
         await storage.truncate(size)
         if preallocation == "falloc":
             await storage.zero(0, size, unmap=False)

@@ -61,8 +61,8 @@ class Scripted(FormatDriver):
         self.loads.append(offset)
         self.tables.add(offset // CLUSTER // 2)
 
-    async def read_compressed(self, offset: int) -> bytes:
-        return self.letter.upper() * CLUSTER
+    async def read_compressed(self, offset: int) -> tuple[int, bytes]:
+        return offset - offset % CLUSTER, self.letter.upper() * CLUSTER
 
     async def iter_runs(self, start: int, end: int) -> RunStream:
         while start < end:

@@ -6,7 +6,6 @@ from tests.house.repository import PACKAGE, TESTS, python_files, shown
 
 DECLARATIONS = {
     "block/spec.py",
-    "formats/base.py",
     "protocol/constants.py",
     "storage/base.py",
 }

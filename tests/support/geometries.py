@@ -75,8 +75,7 @@ class Image:
     async def open(self, stores: Sequence[Storage], *, read_only: bool = False) -> Node:
         """A node over the image's files held by ``stores``."""
         geometry = self.geometry
-        options = {"data_file_storage": stores[1]} if geometry.data_file else {}
-        top = await driver_for(geometry.fmt).open(stores[0], options, read_only=read_only)
+        top = await driver_for(geometry.fmt).open(stores[0], {"companions": stores[1:]}, read_only=read_only)
         layers: list[FormatDriver] = [top]
         if geometry.base:
             base = ByteStorage(bytearray(self.base), "base", read_only=True)

@@ -15,10 +15,13 @@ from nbdserve.cli.image.common import (
     FormatOption,
     Output,
     OutputOption,
+    RootsOption,
     open_layer,
     print_json,
+    roots_for,
 )
 from nbdserve.formats.base import CheckResult
+from nbdserve.storage.roots import ImageRoots
 
 FAILED: Final = 1
 CORRUPT: Final = 2
@@ -43,25 +46,34 @@ def check(
     output: OutputOption = Output.HUMAN,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only problems.")] = False,
     force_share: ForceShareOption = False,
+    image_root: RootsOption = None,
 ) -> int:
     """Look whether the metadata of an image are consistent.
 
     Exit code: 0 yes, 1 the check failed, 2 corruption found, 3 only leaked clusters found, 63 the format has no check.
     """
-    return asyncio.run(_check(file, format_name, repair, output, quiet=quiet, force_share=force_share))
+    roots = roots_for(file, image_root)
+    return asyncio.run(_check(file, format_name, repair, output, roots, quiet=quiet, force_share=force_share))
 
 
 async def _check(
-    file: str, format_name: str | None, repair: Repair | None, output: Output, *, quiet: bool, force_share: bool
+    file: str,
+    format_name: str | None,
+    repair: Repair | None,
+    output: Output,
+    roots: ImageRoots,
+    *,
+    quiet: bool,
+    force_share: bool,
 ) -> int:
-    driver = await open_layer(file, format_name, writable=repair is not None, force_share=force_share)
+    driver = await open_layer(file, format_name, roots, writable=repair is not None, force_share=force_share)
     try:
         if not driver.can("check"):
             print("nbdserve: This image format does not support checks", file=sys.stderr)
             return UNSUPPORTED
         result = await driver.check(repair_leaks=repair is not None, repair_errors=repair is Repair.ALL)
     finally:
-        await driver.storage.close()
+        await driver.close()
     for message in result.messages:
         print(message, file=sys.stderr)
     if output is Output.JSON:

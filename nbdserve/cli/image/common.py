@@ -9,9 +9,9 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from nbdserve.block.graph import open_alone
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.probe import probe
-from nbdserve.formats.registry import driver_for
 from nbdserve.storage.base import Storage
 from nbdserve.storage.file import FileStorage
 from nbdserve.storage.roots import ImageRoots
@@ -50,24 +50,31 @@ def roots_for(path: str, given: list[Path] | None) -> ImageRoots:
 
 
 async def open_layer(
-    path: str, format_name: str | None, *, writable: bool = False, force_share: bool = False
+    path: str,
+    format_name: str | None,
+    roots: ImageRoots | None = None,
+    *,
+    writable: bool = False,
+    force_share: bool = False,
 ) -> FormatDriver:
-    """One image file by itself: nothing its header names is opened. The driver is read-only in any case."""
+    """One image by itself: neither its backing file nor what holds guest data alone is opened.
+
+    The driver is read-only in any case; ``writable`` opens the files for a repair. ``close`` it.
+    """
     storage = await FileStorage.open(path, read_only=not writable, force_share=force_share)
-    return await open_layer_on(storage, format_name)
+    return await open_layer_on(storage, format_name, roots, force_share=force_share)
 
 
-async def open_layer_on(storage: Storage, format_name: str | None) -> FormatDriver:
+async def open_layer_on(
+    storage: Storage, format_name: str | None, roots: ImageRoots | None = None, *, force_share: bool = False
+) -> FormatDriver:
     """``open_layer`` on an open file, which is closed when this fails."""
     try:
-        # The mapping and the metadata are all that is looked at, so an external data file may stay closed.
-        options = {"data_file_storage": storage}
-        return await driver_for(format_name or await probe(storage), storage.path).open(
-            storage, options, read_only=True
-        )
+        name = format_name or await probe(storage)
     except BaseException:
         await storage.close()
         raise
+    return await open_alone(storage, name, roots, force_share=force_share)
 
 
 def full_name(image: str, named: str) -> str:

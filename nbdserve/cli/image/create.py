@@ -12,16 +12,12 @@ from typing import Annotated, Final
 
 import typer
 
-from nbdserve.block.graph import open_image
-from nbdserve.block.spec import ImageSpec
-from nbdserve.cli.image.common import full_name
+from nbdserve.cli.image.common import full_name, open_layer
 from nbdserve.cli.usage import UsageError
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
-from nbdserve.formats.qcow2.create import plan_image
 from nbdserve.formats.registry import driver_for
 from nbdserve.storage.file import FileStorage, sync_parent
-from nbdserve.storage.memory import MemoryStorage
 from nbdserve.units import SECTOR_SIZE, align_up, parse_size
 
 _FS_IOC_GETFLAGS: Final = 0x80086601
@@ -98,7 +94,7 @@ def _options_help(driver: type[FormatDriver]) -> str:
 async def _create(
     driver: type[FormatDriver], file: str, size: str | None, options: dict[str, str], *, unchecked: bool, quiet: bool
 ) -> None:
-    _check_names(driver, options)
+    driver.check_option_names(options)
     if "size" in options and size is not None:
         raise ConfigError(f"{file}: The image size must be specified only once")
     wanted = options.pop("size", size)
@@ -107,32 +103,42 @@ async def _create(
         raise ConfigError(f"{file}: Backing file specified without backing format (-F)")
     if backing is None and "backing_fmt" in options:
         raise ConfigError(f"{file}: Backing format cannot be used without backing file (-b)")
-    backing_size = None
     if backing is not None:
         _refuse_same(file, full_name(file, backing), "backing file")
-        if not unchecked:
-            backing_size = await _size_of(full_name(file, backing), options["backing_fmt"])
-    length = _size(file, wanted, backing_size)
-    if "data_file" in options:
-        _refuse_same(file, full_name(file, options["data_file"]), "data file")
+    if backing is None or unchecked:
+        await _make(driver, file, _size(file, wanted, None), options, None, quiet=quiet)
+        return
+    # Alone: what its header names stays closed.
+    layer = await open_layer(full_name(file, backing), options["backing_fmt"], force_share=True)
+    try:
+        await _make(driver, file, _size(file, wanted, layer.size), options, layer, quiet=quiet)
+    finally:
+        await layer.close()
+
+
+async def _make(
+    driver: type[FormatDriver],
+    file: str,
+    size: int,
+    options: dict[str, str],
+    backing: FormatDriver | None,
+    *,
+    quiet: bool,
+) -> None:
     # Whatever is wrong with the options is found before a file is touched.
-    if driver.name == "qcow2":
-        plan_image(length, options)
-    else:
-        await driver.create(MemoryStorage(), 0, options)
+    driver.validate_create(size, options)
+    paths = [file]
+    for name in driver.created_companions(file, size, options):
+        path = full_name(file, name)
+        for other in paths:
+            _refuse_same(other, path, "data file")
+        if options.get("backing_file"):
+            _refuse_same(full_name(file, options["backing_file"]), path, "data file of the image above")
+        paths.append(path)
     if not quiet:
         shown = " ".join(f"{name}={value}" for name, value in options.items())
-        print(f"Formatting '{file}', fmt={driver.name} size={length} {shown}".rstrip())
-    await _write(driver, file, length, options)
-
-
-def _check_names(driver: type[FormatDriver], options: dict[str, str]) -> None:
-    known = {option.name for option in driver.create_options}
-    for name in options:
-        if name in ("backing_file", "backing_fmt") and name not in known:
-            raise ConfigError(f"{driver.name} images have no backing file")
-        if name not in known:
-            raise ConfigError(f"unknown {driver.name} option {name!r}: `-o help` lists the options there are")
+        print(f"Formatting '{file}', fmt={driver.name} size={size} {shown}".rstrip())
+    await _write(driver, paths, size, options, backing)
 
 
 def _size(file: str, wanted: str | None, backing_size: int | None) -> int:
@@ -146,24 +152,15 @@ def _size(file: str, wanted: str | None, backing_size: int | None) -> int:
         raise ConfigError(f"Invalid image size specified: {error}") from None
 
 
-async def _size_of(path: str, format_name: str) -> int:
-    """The virtual size of the backing file, which the user named, alone: what its header names stays closed."""
-    node = await open_image(ImageSpec(path, format_name, read_only=True, backing=None, force_share=True))
-    try:
-        return node.size
-    finally:
-        await node.close()
-
-
 def _refuse_same(file: str, other: str, what: str) -> None:
     if os.path.realpath(file) == os.path.realpath(other):
         raise ConfigError(f"{file}: the image and its {what} are the same file")
 
 
-async def _write(driver: type[FormatDriver], file: str, size: int, options: dict[str, str]) -> None:
+async def _write(
+    driver: type[FormatDriver], paths: list[str], size: int, options: dict[str, str], backing: FormatDriver | None
+) -> None:
     """Make the files; those that were not there before are removed again when it fails."""
-    data_name = options.get("data_file")
-    paths = [file] + ([full_name(file, data_name)] if data_name else [])
     made = _missing(paths)
     if options.get("nocow") in ("on", "yes", "true", "y"):
         for path in paths:
@@ -172,8 +169,7 @@ async def _write(driver: type[FormatDriver], file: str, size: int, options: dict
     try:
         for path in paths:
             storages.append(await FileStorage.open(path, create=True))
-        resources = {"data_file_storage": storages[1]} if data_name else {}
-        await driver.create(storages[0], size, options, **resources)
+        await driver.create(storages[0], size, options, companions=storages[1:], backing=backing)
         for path in made:
             await sync_parent(path)
     except BaseException:

@@ -67,7 +67,7 @@ def info(
     output: OutputOption = Output.HUMAN,
     image_root: RootsOption = None,
 ) -> int:
-    """Print what an image is: format, sizes, backing file, snapshots. Opens nothing that its header names."""
+    """Print what an image is: format, sizes, backing file, snapshots. The backing file stays closed."""
     layers = asyncio.run(_collect(file, format_name, backing_chain, force_share, image_root))
     if output is Output.JSON:
         objects = [as_json(layer) for layer in layers]
@@ -83,12 +83,12 @@ async def _collect(
     roots = roots_for(file, image_root)
     layers: list[Layer] = []
     seen: set[object] = set()
-    driver = await open_layer(file, format_name, force_share=force_share)
+    driver = await open_layer(file, format_name, roots, force_share=force_share)
     path = file
     while True:
         identity = getattr(driver.storage, "identity", None)
         if identity in seen:
-            await driver.storage.close()
+            await driver.close()
             name = layers[-1].info.backing.name if layers[-1].info.backing else None
             raise ImageError(
                 layers[-1].path, "the chain loops: it is a layer already", field="backing file", value=name
@@ -106,7 +106,8 @@ async def _collect(
             )
         fd = roots.open_beneath(backing.name, relative_to=path, flags=os.O_RDONLY | os.O_CLOEXEC)
         path = full_name(path, backing.name)
-        driver = await open_layer_on(await FileStorage.from_fd(fd, path, force_share=force_share), backing.format)
+        storage = await FileStorage.from_fd(fd, path, force_share=force_share)
+        driver = await open_layer_on(storage, backing.format, roots, force_share=force_share)
 
 
 async def _describe(driver: FormatDriver, path: str) -> Layer:
@@ -126,7 +127,7 @@ async def _describe(driver: FormatDriver, path: str) -> Layer:
         facts.specific = {key: facts.specific[key] for key in sorted(facts.specific, key=_position)}
         return Layer(path, facts, driver.storage.allocated_size())
     finally:
-        await driver.storage.close()
+        await driver.close()
 
 
 def _position(key: str) -> int:

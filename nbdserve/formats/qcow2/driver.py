@@ -113,11 +113,12 @@ class Qcow2Driver(Qcow2Image):
         """The mapping of ``[start, end)``, about 2 MiB of L2 tables at a time. RequestError(EIO) for a bad entry."""
         return iter_runs(self, start, end)
 
-    async def read_compressed(self, offset: int) -> bytes:
+    async def read_compressed(self, offset: int) -> tuple[int, bytes]:
         """The compressed cluster that contains ``offset``."""
         while (table := self.cache.find(offset >> self._l1_shift)) is None:
             await self.load(offset)
-        return await self._compressed.read(self._compressed_entry(table, (offset >> self._bits) & self._l2_mask))
+        entry = self._compressed_entry(table, (offset >> self._bits) & self._l2_mask)
+        return offset & ~self._cluster_mask, await self._compressed.read(entry)
 
     def _compressed_entry(self, table: L2Table, index: int) -> int:
         return table.entries[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final, NoReturn, Self
 
 import numpy as np
@@ -13,6 +13,7 @@ from nbdserve.errors import CorruptImageError, ImageError, RequestError, Unsuppo
 from nbdserve.formats.base import (
     BackingReference,
     CheckResult,
+    Companion,
     CreateOption,
     FormatDriver,
     ImageInfo,
@@ -21,7 +22,7 @@ from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.allocator import Allocator
 from nbdserve.formats.qcow2.commit import Committer, HeaderSector
 from nbdserve.formats.qcow2.compressed import CompressedClusters
-from nbdserve.formats.qcow2.create import CREATE_OPTIONS, create_qcow2
+from nbdserve.formats.qcow2.create import CREATE_OPTIONS, create_qcow2, plan_image, virtual_size
 from nbdserve.formats.qcow2.layout import (
     COPIED,
     OFFSET_MASK,
@@ -54,6 +55,8 @@ class Qcow2Image(FormatDriver):
 
     name: ClassVar[str] = "qcow2"
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
+    has_snapshots: ClassVar[bool] = True
+    takes_data_file: ClassVar[bool] = True
 
     def __init__(self, storage: Storage, data: Storage, header: Header, l1: Table, options: Mapping[str, Any]) -> None:
         self.storage, self.data, self.path = storage, data, storage.path
@@ -101,9 +104,9 @@ class Qcow2Image(FormatDriver):
     async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
         """Open the image.
 
-        Options: ``data_file_storage``; ``snapshot``, an internal snapshot's id or name (read-only); ``discard``, where
-        ``unmap`` punches freed clusters out of the file; ``has_backing`` when a layer is put below an image whose
-        header names none.
+        Options: ``companions``, the external data file; ``snapshot``, an internal snapshot's id or name (read-only);
+        ``discard``, where ``unmap`` punches freed clusters out of the file; ``has_backing`` when a layer is put below
+        an image whose header names none.
         """
         read_only = read_only or "snapshot" in options
         header, sector = await read_header(storage)
@@ -135,14 +138,18 @@ class Qcow2Image(FormatDriver):
 
     @staticmethod
     def _data_storage(storage: Storage, header: Header, options: Mapping[str, Any]) -> Storage:
-        if not header.has_data_file:
-            return storage
-        data: Storage | None = options.get("data_file_storage")
-        if data is None:
+        companions: Sequence[Storage] = options.get("companions", ())
+        if header.has_data_file:
+            if len(companions) != 1:
+                raise ImageError(
+                    storage.path, "the external data file is not given", field="data file", value=header.data_file_name
+                )
+            return companions[0]
+        if companions:
             raise ImageError(
-                storage.path, "the external data file is not given", field="data file", value=header.data_file_name
+                storage.path, "the image holds its data itself", field="data file", value=companions[0].path
             )
-        return data
+        return storage
 
     @staticmethod
     def _refuse_writing(storage: Storage, header: Header) -> None:
@@ -154,11 +161,11 @@ class Qcow2Image(FormatDriver):
             raise ImageError(storage.path, "the file is open read-only")
 
     @classmethod
-    async def data_file_name(cls, storage: Storage) -> str | None:
-        """The external data file the header names; None if the data is in the image. ImageError as for ``open``."""
+    async def companions(cls, storage: Storage) -> Sequence[Companion]:
+        """The external data file, if the data is not in the image."""
         header, _ = await read_header(storage)
         if not header.has_data_file:
-            return None
+            return ()
         if header.data_file_name is None:
             raise UnsupportedImageError(
                 storage.path,
@@ -166,7 +173,7 @@ class Qcow2Image(FormatDriver):
                 field="incompatible_features",
                 value=header.incompatible,
             )
-        return header.data_file_name
+        return (Companion(header.data_file_name, "data file", guest_data_only=True),)
 
     async def _repair_dirty(self) -> None:
         """Rebuild the refcounts of an image whose writer kept them lazily and did not close it."""
@@ -202,9 +209,33 @@ class Qcow2Image(FormatDriver):
             await self._header_sector.patch(layout.AUTOCLEAR_AT, kept.to_bytes(8, "big"))
 
     @classmethod
-    async def create(cls, storage: Storage, size: int, options: Mapping[str, str], **resources: Any) -> None:
+    def validate_create(cls, size: int, options: Mapping[str, str]) -> None:
+        """ConfigError as for ``create``."""
+        plan_image(size, options)
+
+    @classmethod
+    def created_size(cls, size: int, options: Mapping[str, str]) -> int:
+        """Whole sectors."""
+        return virtual_size(size)
+
+    @classmethod
+    def created_companions(cls, path: str, size: int, options: Mapping[str, str]) -> Sequence[str]:
+        """The external data file."""
+        return (options["data_file"],) if options.get("data_file") else ()
+
+    @classmethod
+    async def create(
+        cls,
+        storage: Storage,
+        size: int,
+        options: Mapping[str, str],
+        *,
+        companions: Sequence[Storage] = (),
+        backing: FormatDriver | None = None,
+        secret: bytes | None = None,
+    ) -> None:
         """Make ``storage`` an empty image of ``size`` bytes."""
-        await create_qcow2(storage, size, options, **resources)
+        await create_qcow2(storage, size, options, data_file_storage=companions[0] if companions else None)
 
     async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
         """Compare refcounts, tables and COPIED flags. What was written before is flushed first.

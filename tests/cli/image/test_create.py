@@ -1,11 +1,14 @@
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from nbdserve.cli.image.create import parse_option_list
+from nbdserve.formats.registry import DRIVERS
 from nbdserve.storage.file import FileStorage
 from tests.cli.image.helpers import image, qemu_img
+from tests.formats.parts import PartsDriver
 from tests.support.images import needs_qemu
 
 
@@ -123,3 +126,51 @@ def test_option_lists() -> None:
     assert parse_option_list(["a=1,b", "c=x,,y"]) == {"a": "1", "b": "on", "c": "x,y"}
     assert parse_option_list(["a=1,a=2"]) == {"a": "2"}
     assert parse_option_list(["a=1", "?"]) is None
+
+
+@pytest.fixture
+def _parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(DRIVERS, "parts", PartsDriver)
+    yield
+    PartsDriver.opened.clear()
+
+
+@pytest.mark.usefixtures("_parts")
+def test_all_files_of_an_image_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert image(monkeypatch, "create", "-f", "parts", "-o", "count=2", "i", "1M").code == 0
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "i": b"part0\npart1",
+        "part0": bytes(1 << 20),
+        "part1": bytes(1 << 20),
+    }
+
+
+@pytest.mark.usefixtures("_parts")
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["-f", "parts", "part0", "1M"], "same file"),
+        (["-f", "parts", "-b", "part0", "-F", "raw", "i", "1M"], "same file"),
+        (["-f", "parts", "i", "1536"], "multiple of 1024"),
+        (["-f", "parts", "-o", "nope=1", "i", "1M"], "unknown parts option 'nope'"),
+    ],
+)
+def test_every_file_of_an_image_is_checked_before_one_is_touched(
+    arguments: list[str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("part0").write_bytes(b"precious")
+    ours = image(monkeypatch, "create", *arguments)
+    assert (ours.code, ours.out) == (1, "")
+    assert problem in ours.err
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("part0", b"precious")]
+
+
+@pytest.mark.usefixtures("_parts")
+def test_the_driver_sees_the_open_backing_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base.raw").write_bytes(bytes(2048))
+    assert image(monkeypatch, "create", "-f", "parts", "-b", "base.raw", "-F", "raw", "i").code == 0
+    assert Path("i").read_bytes() == b"part0\n=base.raw"
+    assert Path("part0").read_bytes() == bytes(2048)

@@ -54,10 +54,10 @@ async def open_image(path: Path, *, read_only: bool = False, **options: Any) -> 
     """The driver on the file ``path``, with its data file if it has one."""
     storage = await FileStorage.open(str(path), read_only=read_only)
     try:
-        name = await Qcow2Driver.data_file_name(storage)
-        if name is not None:
-            data = await FileStorage.open(str(path.parent / name), read_only=read_only)
-            options["data_file_storage"] = data
+        options["companions"] = [
+            await FileStorage.open(str(path.parent / companion.name), read_only=read_only)
+            for companion in await Qcow2Driver.companions(storage)
+        ]
         return await Qcow2Driver.open(storage, options, read_only=read_only)
     except BaseException:
         await storage.close()
@@ -79,8 +79,9 @@ async def read(driver: Qcow2Driver, offset: int, length: int, backing: bytes = b
         if kind == DATA:
             result[done : done + run_length] = await driver.data.read(host_offset, run_length)
         elif kind == COMPRESSED:
-            cluster = await driver.read_compressed(at)
-            skip = at % driver.cluster_size
+            start, cluster = await driver.read_compressed(at)
+            assert start == at - at % driver.cluster_size
+            skip = at - start
             run_length = min(run_length, driver.cluster_size - skip)
             result[done : done + run_length] = cluster[skip : skip + run_length]
         elif kind != 1:

@@ -200,7 +200,8 @@ async def test_a_compressed_bomb_costs_little(tmp_path: Path) -> None:
 async def test_the_data_file_must_be_given(tmp_path: Path) -> None:
     path = create(tmp_path / "a.qcow2", "8M", f"data_file={tmp_path / 'd'}")
     storage = await FileStorage.open(str(path), read_only=True)
-    assert await Qcow2Driver.data_file_name(storage) == str(tmp_path / "d")
+    (companion,) = await Qcow2Driver.companions(storage)
+    assert (companion.name, companion.field, companion.read_only) == (str(tmp_path / "d"), "data file", False)
     with pytest.raises(ImageError, match="data file"):
         await Qcow2Driver.open(storage, {}, read_only=True)
     await storage.close()
