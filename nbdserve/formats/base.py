@@ -129,6 +129,8 @@ class FormatDriver(ABC):
     """``open`` takes ``snapshot``, the id or name of an internal snapshot, and is then read-only."""
     takes_data_file: ClassVar[bool] = False
     """The one companion such an image may have can be chosen by the user (``data-file``)."""
+    keeps_companions: ClassVar[bool] = False
+    """``create`` leaves what its companions hold, so they are not emptied for it."""
 
     path: str
     read_only: bool

@@ -25,6 +25,7 @@ MAGICS: Final[tuple[tuple[int, bytes, str], ...]] = (
     (0, b"WithoutFreeSpace", "parallels"),
     (0, b"WithouFreSpacExt", "parallels"),
     (0, b"LUKS\xba\xbe", "luks"),
+    (0, b"RCOW\x00\x00\x00\x01", "raw-cow"),
     (64, b"\x7f\x10\xda\xbe", "vdi"),
 )
 """``(offset, bytes, format)``: the first match decides. Formats without a driver are listed too, so that such a file is

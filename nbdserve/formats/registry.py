@@ -8,10 +8,12 @@ from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.formats.raw import RawDriver
+from nbdserve.formats.raw_cow.driver import RawCowDriver
 
 DRIVERS: Final[dict[str, type[FormatDriver]]] = {
     "raw": RawDriver,
     "qcow2": Qcow2Driver,
+    "raw-cow": RawCowDriver,
 }
 """By QEMU's format names."""
 

@@ -153,7 +153,8 @@ def _size(file: str, wanted: str | None, backing_size: int | None) -> int:
 
 
 def _refuse_same(file: str, other: str, what: str) -> None:
-    if os.path.realpath(file) == os.path.realpath(other):
+    both_exist = Path(file).exists() and Path(other).exists()
+    if os.path.realpath(file) == os.path.realpath(other) or (both_exist and Path(file).samefile(other)):
         raise ConfigError(f"{file}: the image and its {what} are the same file")
 
 
@@ -168,7 +169,10 @@ async def _write(
     storages: list[FileStorage] = []
     try:
         for path in paths:
-            storages.append(await FileStorage.open(path, create=True))
+            kept = driver.keeps_companions and path != paths[0]
+            if kept and path in made:
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+            storages.append(await FileStorage.open(path, create=not kept))
         await driver.create(storages[0], size, options, companions=storages[1:], backing=backing)
         for path in made:
             await sync_parent(path)

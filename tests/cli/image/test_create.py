@@ -174,3 +174,30 @@ def test_the_driver_sees_the_open_backing_file(tmp_path: Path, monkeypatch: pyte
     assert image(monkeypatch, "create", "-f", "parts", "-b", "base.raw", "-F", "raw", "i").code == 0
     assert Path("i").read_bytes() == b"part0\n=base.raw"
     assert Path("part0").read_bytes() == bytes(2048)
+
+
+def test_a_raw_file_keeps_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("vm.img").write_bytes(b"precious" * 1000)
+    Path("base").write_bytes(bytes(1 << 20))
+    ran = image(
+        monkeypatch, "create", "-f", "raw-cow", "-o", "backing_file=base,backing_fmt=raw,raw_file=vm.img", "vm.raw-cow"
+    )
+    assert ran.code == 0, ran.err
+    assert Path("vm.img").read_bytes() == (b"precious" * 1000).ljust(1 << 20, b"\0")
+    ran = image(monkeypatch, "create", "-f", "raw-cow", "-o", "raw_file=new.img", "new.raw-cow", "3M")
+    assert ran.code == 0, ran.err
+    assert Path("new.img").stat().st_size == 3 << 20
+
+
+@pytest.mark.parametrize("name", ["base", "link", "vm.raw-cow", "./vm.raw-cow"])
+def test_a_raw_file_is_none_of_the_other_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base").write_bytes(b"base" * 1000)
+    Path("link").hardlink_to("base")
+    options = f"backing_file=base,backing_fmt=raw,raw_file={name}"
+    ran = image(monkeypatch, "create", "-f", "raw-cow", "-o", options, "vm.raw-cow")
+    assert ran.code == 1
+    assert "are the same file" in ran.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "link"]
+    assert Path("base").read_bytes() == b"base" * 1000

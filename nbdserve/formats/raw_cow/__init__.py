@@ -1,0 +1,1 @@
+"""raw-cow: a raw file as a copy-on-write layer."""

@@ -1,0 +1,87 @@
+"""``image check`` for raw-cow."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nbdserve.errors import ImageError
+from nbdserve.formats.base import CheckResult
+from nbdserve.formats.raw_cow.bitmap import Bitmap
+from nbdserve.formats.raw_cow.layout import Header
+from nbdserve.storage.base import Storage
+from nbdserve.units import SECTOR_SIZE, div_ceil
+
+
+async def check_raw_cow(
+    storage: Storage,
+    raw: Storage | None,
+    header: Header,
+    bitmap: Bitmap,
+    *,
+    repair_leaks: bool = False,
+    repair_errors: bool = False,
+) -> CheckResult:
+    """Compare bitmap and files of an idle image; ``raw`` is None where the raw file is not open.
+
+    Leaks are bits that stand for nothing and sectors behind the bitmap: a crash while the disk was resized leaves them.
+    An error is a cluster that the raw file should have and does not, because the file was cut off; the repair makes the
+    file as long as the disk, which is what the guest sees of it already. ImageError when a repair is asked for on
+    read-only files.
+    """
+    if (repair_leaks or repair_errors) and storage.read_only:
+        raise ImageError(storage.path, "open read-only, so it cannot be repaired")
+    result = CheckResult(
+        image_end_offset=header.end_offset,
+        total_clusters=bitmap.clusters,
+        allocated_clusters=bitmap.clusters - bitmap.missing,
+    )
+    await _check_bits(storage, bitmap, result, repair=repair_leaks)
+    await _check_end(storage, header, result, repair=repair_leaks)
+    if raw is not None:
+        await _check_raw_file(raw, header, bitmap, result, repair=repair_errors)
+    return result
+
+
+async def _check_bits(storage: Storage, bitmap: Bitmap, result: CheckResult, *, repair: bool) -> None:
+    stray = bitmap.stray()
+    if not stray:
+        return
+    result.messages.append(f"{stray} bits are set behind the last cluster")
+    if repair:
+        bitmap.clear(bitmap.clusters, len(bitmap.bits) << 3)
+        await storage.write_stable(bitmap.pieces(bitmap.dirty))
+        bitmap.dirty.clear()
+        result.leaks_fixed += stray
+    else:
+        result.leaks += stray
+
+
+async def _check_end(storage: Storage, header: Header, result: CheckResult, *, repair: bool) -> None:
+    extra = div_ceil(storage.size - header.end_offset, SECTOR_SIZE)
+    if extra <= 0:
+        return
+    result.messages.append(f"{extra} sectors follow the bitmap")
+    if repair:
+        await storage.truncate(header.end_offset)
+        await storage.flush()
+        result.leaks_fixed += extra
+    else:
+        result.leaks += extra
+
+
+async def _check_raw_file(raw: Storage, header: Header, bitmap: Bitmap, result: CheckResult, *, repair: bool) -> None:
+    if raw.size >= header.size:
+        return
+    first = raw.size // header.cluster_size
+    cut = int(np.count_nonzero(bitmap.array(first, bitmap.clusters)))
+    if not cut:
+        return
+    result.messages.append(
+        f"the raw file has only {raw.size} bytes: {cut} clusters that should be in it are cut off, and read as zeroes"
+    )
+    if repair and not raw.read_only:
+        await raw.truncate(header.size)
+        await raw.flush()
+        result.corruptions_fixed += cut
+    else:
+        result.corruptions += cut

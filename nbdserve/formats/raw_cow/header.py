@@ -1,0 +1,35 @@
+"""Reading the header of an image, and changing it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nbdserve.formats.raw_cow.layout import CHANGING_AT, HEADER, HEADER_SIZE, Header, with_checksum
+from nbdserve.storage.base import Storage
+from nbdserve.units import SECTOR_SIZE
+
+
+async def read_header(storage: Storage) -> tuple[Header, bytes]:
+    """The header of the image on ``storage``, and its bytes. CorruptImageError or UnsupportedImageError."""
+    data = bytes(await storage.read(0, HEADER_SIZE))
+    return Header.parse(data, storage.path, storage.size), data
+
+
+class HeaderSector:
+    """The sector with the fields that change, written alone: a disk does not tear 512 bytes."""
+
+    def __init__(self, storage: Storage, header: bytes) -> None:
+        self._storage = storage
+        self._header = header
+        self._lock = asyncio.Lock()
+
+    async def patch(self, **values: int) -> None:
+        """Change fields, named as in the layout, durably; everything else of the header stays as it is."""
+        async with self._lock:
+            fields = HEADER.parse(self._header) | values
+            changed = with_checksum(HEADER.build(fields) + self._header[HEADER.sizeof() :])
+            end = CHANGING_AT + SECTOR_SIZE
+            assert changed[:CHANGING_AT] == self._header[:CHANGING_AT]
+            assert changed[end:] == self._header[end:]
+            await self._storage.write_stable([(CHANGING_AT, changed[CHANGING_AT:end])])
+            self._header = changed
