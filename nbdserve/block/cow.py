@@ -16,7 +16,7 @@ from nbdserve.block.pieces import zero_pieces
 from nbdserve.errors import RequestError
 from nbdserve.extents import DATA, ZERO, Run
 from nbdserve.formats.base import Allocation
-from nbdserve.formats.probe import format_of
+from nbdserve.formats.probe import PROBE_LENGTH, format_of
 from nbdserve.storage.base import ReadBuffer
 from nbdserve.units import KIB, MIB, SECTOR_SIZE, align_down, align_up
 
@@ -32,10 +32,13 @@ _ZERO_WRITE: Final = MIB
 
 async def write(node: Node, offset: int, data: memoryview) -> None:
     """Write ``data``, allocating and filling clusters where there are none to overwrite."""
-    if node.guard_probed_raw and offset < SECTOR_SIZE:
-        head = data[: SECTOR_SIZE - offset]
-        await _write_guarded(node, offset, head)
-        offset, data = offset + len(head), data[len(head) :]
+    if node.guard_probed_raw:
+        first, last = _unguarded(node, offset, offset + len(data))
+        await _write_guarded(node, offset, data[: first - offset])
+        await _write_guarded(node, last, data[last - offset :])
+        offset, data = first, data[first - offset : last - offset]
+        if not data:
+            return
     if node.detect_zeroes != "off" and is_zero(data):
         await zero(node, offset, len(data), unmap=node.detect_zeroes == "unmap" and node.unmap)
         return
@@ -147,13 +150,12 @@ async def _reads_zero(node: Node, offset: int, length: int) -> bool:
 
 async def zero(node: Node, offset: int, length: int, *, unmap: bool, fast: bool = False) -> None:
     """Make the range read as zeroes: in the mapping where the format can, else in place, else by writing."""
-    if node.guard_probed_raw and offset < SECTOR_SIZE and length:
-        head = min(length, SECTOR_SIZE - offset)
-        # Sector 0 comes last, so that a fast zero that is refused has left everything as it was.
-        await zero(node, offset + head, length - head, unmap=unmap, fast=fast)
-        await _write_guarded(node, offset, memoryview(bytes(head)))
-        return
     end = offset + length
+    guarded: list[tuple[int, int]] = []
+    if node.guard_probed_raw:
+        first, last = _unguarded(node, offset, end)
+        guarded = [(offset, first), (last, end)]
+        offset, end = first, last
     top = node.top
     if fast and not top.zeroes_fast:
         raise OSError(errno.ENOTSUP, "the image cannot be zeroed faster than it is written")
@@ -173,6 +175,9 @@ async def zero(node: Node, offset: int, length: int, *, unmap: bool, fast: bool 
             done = min(stop - start, _STRETCH)
             await _zero_part(node, start, done, unmap=unmap, fast=fast)
         offset = start + done
+    # The guarded ends come last, so that a fast zero that is refused has left everything as it was.
+    for start, stop in guarded:
+        await _write_guarded(node, start, memoryview(bytes(stop - start)))
 
 
 async def _zero_part(node: Node, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
@@ -198,7 +203,8 @@ async def discard(node: Node, offset: int, length: int) -> None:
     top = node.top
     end = offset + length
     if node.guard_probed_raw:
-        offset = max(offset, SECTOR_SIZE)  # zeroes can complete a header, and a discard may be refused silently
+        # Zeroes can complete a header, and a discard may be refused silently.
+        offset, end = _unguarded(node, offset, end)
     offset = align_up(offset, top.granularity)
     if end < node.size:
         end = align_down(end, top.granularity)
@@ -224,19 +230,32 @@ def is_zero(data: memoryview) -> bool:
     return not np.frombuffer(data, np.uint8).any()
 
 
+def _unguarded(node: Node, offset: int, end: int) -> tuple[int, int]:
+    """The part of ``[offset, end)`` that no probe looks at."""
+    first = min(end, max(offset, PROBE_LENGTH))
+    return first, max(first, min(end, node.size - PROBE_LENGTH))
+
+
 async def _write_guarded(node: Node, offset: int, data: memoryview) -> None:
-    """Write to sector 0 of a *probed* raw image, which must not turn into another format.
+    """Write to the first or last bytes of a *probed* raw image, which must not turn into another format.
 
     The next probe would follow whatever header the guest had written there (CVE-2013-1922 and its kin).
     """
-    async with node.locks.exclusive(0, SECTOR_SIZE):
-        sector = bytearray(SECTOR_SIZE)
-        await node.read_pieces_locked(0, memoryview(sector)[: min(SECTOR_SIZE, node.size)])
-        sector[offset : offset + len(data)] = data
-        if (found := format_of(sector)) != "raw":
+    if not data:
+        return
+    async with node.locks.exclusive(0, node.size):
+        ends = []
+        for start in (0, max(0, node.size - PROBE_LENGTH)):
+            part = bytearray(min(PROBE_LENGTH, node.size))
+            zero_pieces(memoryview(part), await node.read_pieces_locked(start, memoryview(part)))
+            first, stop = max(start, offset), min(start + len(part), offset + len(data))
+            if first < stop:
+                part[first - start : stop - start] = data[first - offset : stop - offset]
+            ends.append(part)
+        if (found := format_of(ends[0], ends[1])) != "raw":
             raise RequestError(
                 errno.EPERM,
-                f"{node.path}: its format was probed as raw, so a {found} header cannot be written to sector 0 "
+                f"{node.path}: its format was probed as raw, so a {found} header cannot be written to it "
                 "(serve it with an explicit -f raw)",
             )
         _, _, host_offset = await _lookup_writable(node, offset, len(data))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+import struct
 from typing import Any
 
 import pytest
@@ -327,6 +328,25 @@ async def test_nor_by_zeroing_or_discarding_what_hides_a_header() -> None:
     await node.zero(0, 0)
     await node.zero(0, MIB)
     assert await node.read(0, MIB) == bytes(MIB)
+
+
+@pytest.mark.parametrize("size", [513, 1000, 1024, 4096, 4097])
+@pytest.mark.parametrize("length", [511, 512])
+async def test_nor_into_a_fixed_vhd_by_its_last_bytes(size: int, length: int) -> None:
+    footer = bytearray(struct.pack(">8s52xI", b"conectix", 2).ljust(length, b"\0"))
+    struct.pack_into(">I", footer, 64, ~sum(footer) & 0xFFFFFFFF)
+    node = await raw_node(MemoryStorage(b"\1" * size), guard_probed_raw=True, unmap=True)
+    at = size - length
+    await _refused(node, at, bytes(footer))
+    await _refused(node, 1, (b"\1" * size + bytes(footer))[-size + 1 :])
+    footer[100] = 1
+    await node.write(at, bytes(footer))
+    await _refused(node, at + 100, b"\0")
+    with pytest.raises(RequestError, match="probed as raw"):
+        await node.zero(at + 100, 1)
+    await node.discard(at + 100, 1)
+    await node.discard(0, size)
+    assert await node.read(at, length) == footer
 
 
 async def test_everything_else_is_written_to_a_probed_raw_image() -> None:

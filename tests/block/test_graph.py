@@ -291,7 +291,7 @@ async def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
 
 async def test_a_format_without_a_driver_is_not_served_as_raw(tmp_path: Path) -> None:
     path = tmp_path / "disk"
-    path.write_bytes(b"LUKS\xba\xbe".ljust(4096, b"\0"))
+    path.write_bytes(b"LUKS\xba\xbe\0\1".ljust(4096, b"\0"))
     assert "luks" in await _refused(tmp_path, _spec(path, None), kind=ConfigError)
 
 
