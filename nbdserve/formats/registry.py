@@ -9,11 +9,13 @@ from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.formats.raw import RawDriver
 from nbdserve.formats.raw_cow.driver import RawCowDriver
+from nbdserve.formats.vdi.driver import VdiDriver
 
 DRIVERS: Final[dict[str, type[FormatDriver]]] = {
     "raw": RawDriver,
     "qcow2": Qcow2Driver,
     "raw-cow": RawCowDriver,
+    "vdi": VdiDriver,
 }
 """By QEMU's format names."""
 
