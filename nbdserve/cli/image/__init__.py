@@ -8,6 +8,7 @@ from nbdserve.cli.image.check import check
 from nbdserve.cli.image.create import create
 from nbdserve.cli.image.info import info
 from nbdserve.cli.image.map import map_image
+from nbdserve.cli.image.raw_cow import app as raw_cow
 
 app = typer.Typer(
     name="image",
@@ -20,3 +21,4 @@ app.command("create")(create)
 app.command("info")(info)
 app.command("map")(map_image)
 app.command("check")(check)
+app.add_typer(raw_cow)
