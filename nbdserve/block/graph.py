@@ -42,6 +42,7 @@ async def open_image(spec: ImageSpec, roots: ImageRoots | None = None) -> Node:
     layers: list[FormatDriver] = []
     async with AsyncExitStack() as files:
         probed_raw = await _open_layers(spec, roots, layers, files)
+        _refuse_idle_secret(spec, layers)
         if spec.overlay:
             layers.insert(0, await _temporary_overlay(layers[0]))
         files.pop_all()
@@ -84,23 +85,29 @@ async def _open_storage(spec: ImageSpec, roots: ImageRoots, *, read_only: bool) 
     return await FileStorage.open(spec.path, read_only=read_only, cache=spec.cache, force_share=spec.force_share)
 
 
+def _refuse_idle_secret(spec: ImageSpec, layers: list[FormatDriver]) -> None:
+    """Who gives a passphrase takes the image to be encrypted, and does not want it to be served if it is not."""
+    if spec.secret is not None and not any(layer.info().encrypted for layer in layers):
+        raise ConfigError(f"{spec.path}: a secret is given, and the image is not encrypted")
+
+
 async def open_alone(
     storage: Storage,
     name: str,
     roots: ImageRoots | None = None,
     *,
     force_share: bool = False,
-    secret: bytes | None = None,
 ) -> FormatDriver:
     """One layer by itself, for looking at its metadata: the driver is read-only, also where ``storage`` is not.
 
-    Its backing file stays closed, and so does what holds nothing but guest data. A failed open closes ``storage``.
+    No guest byte can be read: its backing file stays closed, so does what holds nothing but guest data, and no secret
+    is needed. A failed open closes ``storage``.
     """
     roots = roots or ImageRoots.of_image(storage.path)
     async with AsyncExitStack() as files:
         files.push_async_callback(storage.close)
         driver = driver_for(name, storage.path)
-        options: dict[str, Any] = {"has_backing": True, "secret": secret}
+        options: dict[str, Any] = {"has_backing": True, "metadata_only": True}
         options["companions"] = await _open_companions(
             driver, storage, roots, files, read_only=storage.read_only, force_share=force_share, metadata_only=True
         )
@@ -146,7 +153,12 @@ async def _open_layers(spec: ImageSpec, roots: ImageRoots, layers: list[FormatDr
             path = str(Path(layer.path).parent / layer.backing.name)
             storage = await FileStorage.from_fd(fd, path, cache=spec.cache, force_share=spec.force_share)
             spec = ImageSpec(
-                storage.path, layer.backing.format, read_only=True, cache=spec.cache, force_share=spec.force_share
+                storage.path,
+                layer.backing.format,
+                read_only=True,
+                cache=spec.cache,
+                force_share=spec.force_share,
+                secret=spec.secret,
             )
 
 

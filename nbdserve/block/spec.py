@@ -34,7 +34,7 @@ class ImageSpec:
     data_file: ImageSpec | None = None
     """The external data file, instead of the one the image's header names."""
     secret: bytes | None = field(default=None, repr=False)
-    """The passphrase of an encrypted image."""
+    """The passphrase of an encrypted image, and of the layers below that headers name."""
     force_share: bool = False
     """Open although another process may be writing it (qemu-img ``-U``); the view is then not consistent."""
     overlay: bool = False

@@ -20,6 +20,7 @@ from nbdserve.cli import nbd_client
 from nbdserve.cli.boundary import guarded
 from nbdserve.cli.daemon import fork_until_ready
 from nbdserve.config.image_opts import discard_mode, image_from_filename, image_from_opts
+from nbdserve.config.secrets import secrets_of_objects
 from nbdserve.errors import ConfigError
 from nbdserve.protocol.client import RemoteExport
 from nbdserve.protocol.constants import (
@@ -65,7 +66,6 @@ _NOT_SUPPORTED: Final = {
     "trace": "tracing is not supported yet",
     "connect": "attaching /dev/nbdX is not supported; use nbd-client with the server's socket",
     "disconnect": "detaching /dev/nbdX is not supported; use nbd-client -d",
-    "object": "TLS and other objects are not supported yet",
     "tls-creds": "TLS is not supported yet",
     "tls-authz": "TLS is not supported yet",
     "tls-hostname": "TLS is not supported yet",
@@ -104,6 +104,8 @@ The image:
       --aio=MODE            threads, native or io_uring
       --discard=MODE        ignore (off, default) or unmap (on)
       --detect-zeroes=MODE  off (default), on or unmap
+      --object secret,id=ID,file=PATH
+                            a passphrase, which the image names: --image-opts ...,encrypt.key-secret=ID
 
 The process:
       --fork                return when clients can connect
@@ -124,6 +126,8 @@ class Arguments:
 
     options: dict[str, str] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
+    objects: list[str] = field(default_factory=list)
+    """Every ``--object``."""
 
     def __contains__(self, option: str) -> bool:
         return option in self.options
@@ -168,6 +172,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
         name = option.removeprefix("--") if option.startswith("--") else _LONG_OF_SHORT[option[1:]]
         if name in {"cache", "nocache"} and ("cache" in arguments or "nocache" in arguments):
             raise UsageError("-n and --cache can be given only once")
+        if name == "object":
+            arguments.objects.append(value)
         arguments.options[name] = value
     return arguments
 
@@ -218,12 +224,13 @@ def _image(arguments: Arguments) -> ImageSpec:
         detect_zeroes=_choice(arguments, "detect-zeroes", "off", DETECT_ZEROES_MODES),
     )
     _choice(arguments, "aio", "threads", AIO_MODES)
+    secrets = secrets_of_objects(arguments.objects)
     if "image-opts" in arguments:
         if flags.format is not None:
             raise ConfigError("--image-opts and -f exclude each other; give driver=... instead of -f")
-        image = image_from_opts(file, flags)
+        image = image_from_opts(file, flags, secrets)
     else:
-        image = image_from_filename(file, flags)
+        image = image_from_filename(file, flags, secrets)
     if image.detect_zeroes == "unmap" and image.discard != "unmap":
         raise ConfigError("--detect-zeroes=unmap needs --discard=unmap")
     return replace(image, snapshot=_snapshot(arguments), overlay="snapshot" in arguments)
@@ -291,6 +298,7 @@ _FLAG_NAMES: Final = (
 def _list_exports(arguments: Arguments) -> int:
     if arguments.files:
         raise UsageError("--list takes no image")
+    secrets_of_objects(arguments.objects)  # refuses those for TLS
     for option in ("export-name", "offset", "format", "read-only", "snapshot", "load-snapshot", "persistent", "fork"):
         if option in arguments:
             raise UsageError(f"--list and --{option} exclude each other")

@@ -73,6 +73,8 @@ def serve(
     cache: Annotated[str | None, _image_option("cache", "--cache")] = None,
     discard: Annotated[str | None, _image_option("discard", "--discard")] = None,
     detect_zeroes: Annotated[str | None, _image_option("detect_zeroes", "--detect-zeroes")] = None,
+    secret_file: Annotated[str | None, _image_option("secret_file", "--secret-file")] = None,
+    secret_env: Annotated[str | None, _image_option("secret_env", "--secret-env")] = None,
     socket: Annotated[list[str] | None, _listen_option("Unix socket; @name is abstract.", "--socket", "-k")] = None,
     bind: Annotated[
         list[str] | None, _listen_option(f"TCP address, * for all. Default: {_DEFAULT_HOST}.", "--bind", "-b")
@@ -115,6 +117,8 @@ def serve(
         cache=cache,
         discard=discard,
         detect_zeroes=detect_zeroes,
+        secret_file=secret_file,
+        secret_env=secret_env,
     )
     server_options = _given(
         listen=_listen(socket or [], bind or [], port) or None,

@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 from nbdserve.block.spec import DETECT_ZEROES_MODES, ImageSpec
+from nbdserve.config.secrets import named_secret
 from nbdserve.errors import ConfigError
 from nbdserve.formats.registry import DRIVERS
 from nbdserve.units import parse_size
@@ -22,6 +24,8 @@ Tree: TypeAlias = dict[str, Any]
 """A node: option name -> string, number, boolean, null, or the Tree of a child."""
 
 FILE_DRIVERS: Final = frozenset({"file", "host_device"})
+
+_NO_SECRETS: Final[Mapping[str, bytes]] = MappingProxyType({})
 
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
@@ -38,20 +42,21 @@ _CACHE_MODES: Final = {flags: mode for mode, flags in _CACHE_FLAGS.items()}
 _DISCARD: Final = {"ignore": "ignore", "off": "ignore", "unmap": "unmap", "on": "unmap"}
 
 
-def image_from_filename(text: str, flags: ImageSpec) -> ImageSpec:
+def image_from_filename(text: str, flags: ImageSpec, secrets: Mapping[str, bytes] = _NO_SECRETS) -> ImageSpec:
     """The image named ``text``: a path, ``file:PATH`` or ``json:{...}``.
 
     ``flags`` carries what the other command-line options say (its path is not used); a ``json:`` tree overrides it,
-    except for a format given with ``-f``, as in QEMU. ConfigError names the option at fault.
+    except for a format given with ``-f``, as in QEMU. ``secrets`` are those that ``key-secret`` options name, by id.
+    ConfigError names the option at fault.
     """
     if text.startswith("json:"):
-        return _with_context(text, lambda: _image(_parse_json(text.removeprefix("json:")), flags, "", top=True))
+        return _with_context(text, lambda: _image(_parse_json(text.removeprefix("json:")), flags, secrets, top=True))
     return replace(flags, path=_plain_path(text))
 
 
-def image_from_opts(text: str, flags: ImageSpec) -> ImageSpec:
+def image_from_opts(text: str, flags: ImageSpec, secrets: Mapping[str, bytes] = _NO_SECRETS) -> ImageSpec:
     """The image described by ``key=value,key.subkey=value`` (a comma in a value is written twice)."""
-    return _with_context(text, lambda: _image(_nested(_parse_pairs(text)), flags, "", top=True))
+    return _with_context(text, lambda: _image(_nested(_parse_pairs(text)), flags, secrets, top=True))
 
 
 def discard_mode(text: str) -> str:
@@ -220,7 +225,9 @@ def _near(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, matches))}?" if matches else ""
 
 
-def _image(tree: Tree, flags: ImageSpec, where: str, *, top: bool = False) -> ImageSpec:
+def _image(
+    tree: Tree, flags: ImageSpec, secrets: Mapping[str, bytes], where: str = "", *, top: bool = False
+) -> ImageSpec:
     options = _Options(tree, where)
     driver = options.text("driver")
     if driver in FILE_DRIVERS:
@@ -232,22 +239,41 @@ def _image(tree: Tree, flags: ImageSpec, where: str, *, top: bool = False) -> Im
     if driver is None and not top:
         raise options.error("driver", "missing: a backing format is never guessed")
     format_ = flags.format or driver
-    spec = replace(_below(options.child("file"), _generic(options, flags), f"{where}file."), format=format_)
+    below = _below(options.child("file"), _generic(options, flags), secrets, f"{where}file.")
+    spec = replace(below, format=format_)
     if format_ == "raw":
         spec = _window(spec, options.size("offset"), options.size("size"))
     else:
-        spec = _children(options, spec, where)
+        spec = _children(options, _encryption(options, spec, secrets), secrets, where)
     options.finish(format_ or "file")
     return spec
 
 
-def _below(tree: Tree, flags: ImageSpec, where: str) -> ImageSpec:
+def _encryption(options: _Options, spec: ImageSpec, secrets: Mapping[str, bytes]) -> ImageSpec:
+    """``encrypt.key-secret`` of an image that may be encrypted, or ``key-secret`` of one that is nothing else."""
+    if options.has("key-secret"):
+        return replace(spec, secret=named_secret(secrets, options.text("key-secret"), options.name("key-secret")))
+    if not options.has("encrypt"):
+        return spec
+    encrypt = _Options(options.child("encrypt"), options.name("encrypt."))
+    form = encrypt.text("format")
+    if form not in (None, "aes", "luks"):
+        raise encrypt.error("format", f"{form!r} is none of aes, luks")
+    name = encrypt.text("key-secret")
+    if name is None:
+        raise encrypt.error("key-secret", "missing; it names the --object that holds the passphrase")
+    encrypt.finish("encryption")
+    return replace(spec, secret=named_secret(secrets, name, encrypt.name("key-secret")))
+
+
+def _below(tree: Tree, flags: ImageSpec, secrets: Mapping[str, bytes], where: str) -> ImageSpec:
     """What holds an image's bytes: a file, or the disk of another image."""
     driver = tree.get("driver")
     if not isinstance(driver, str) or driver not in DRIVERS:
         return _file(tree, flags, where)
-    file = _image(tree, replace(flags, format=None, offset=0, size=None, detect_zeroes="off"), where)
-    return replace(flags, path=file.path, read_only=file.read_only, cache=file.cache, file=file)
+    below = replace(flags, format=None, offset=0, size=None, detect_zeroes="off")
+    file = _image(tree, below, secrets, where)
+    return replace(flags, path=file.path, read_only=file.read_only, cache=file.cache, file=file, secret=None)
 
 
 def _window(spec: ImageSpec, offset: int | None, size: int | None) -> ImageSpec:
@@ -259,7 +285,7 @@ def _window(spec: ImageSpec, offset: int | None, size: int | None) -> ImageSpec:
     return replace(spec, file=replace(spec, offset=offset or 0, size=size, detect_zeroes="off"))
 
 
-def _children(options: _Options, spec: ImageSpec, where: str) -> ImageSpec:
+def _children(options: _Options, spec: ImageSpec, secrets: Mapping[str, bytes], where: str) -> ImageSpec:
     """The other files of an image that has some: ``backing`` and ``data-file``."""
     inherited = ImageSpec(path="", cache=spec.cache, read_only=True)
     if options.has("backing"):
@@ -267,10 +293,10 @@ def _children(options: _Options, spec: ImageSpec, where: str) -> ImageSpec:
             options.take("backing")
             spec = replace(spec, backing=None)
         else:
-            spec = replace(spec, backing=_image(options.child("backing"), inherited, f"{where}backing."))
+            spec = replace(spec, backing=_image(options.child("backing"), inherited, secrets, f"{where}backing."))
     if options.has("data-file"):
         below = replace(inherited, read_only=spec.read_only, discard=spec.discard)
-        data_file = _image(options.child("data-file"), below, f"{where}data-file.")
+        data_file = _image(options.child("data-file"), below, secrets, f"{where}data-file.")
         if data_file.format != "raw":
             raise options.error("data-file.driver", f"{data_file.format!r} is no driver of a data file, give 'file'")
         if data_file.offset or data_file.size is not None or data_file.file is not None:

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from nbdserve.block.spec import ImageSpec
 from nbdserve.config.image_opts import discard_mode, image_from_filename
+from nbdserve.config.secrets import chosen_secret
 from nbdserve.errors import ConfigError
 from nbdserve.server.addresses import Address, parse_address
 from nbdserve.units import parse_size
@@ -142,11 +143,19 @@ class ExportOptions(_Options):
         default="off",
         description='Turn writes of zeroes into zero clusters ("on"), or also give the space back ("unmap").',
     )
+    secret_file: FilePath = Field(
+        default="",
+        description="File with the passphrase of an encrypted image, also of those its header names as backing files. "
+        "All its bytes count, a newline at the end as well.",
+    )
+    secret_env: str = Field(default="", description="Environment variable with that passphrase instead.")
 
     @model_validator(mode="after")
     def _consistent(self) -> ExportOptions:
         if self.detect_zeroes == "unmap" and self.discard != "unmap":
             raise ValueError('detect_zeroes = "unmap" needs discard = "unmap"')
+        if self.secret_file and self.secret_env:
+            raise ValueError("secret_file and secret_env exclude each other")
         return self
 
     def image(self) -> ImageSpec:
@@ -163,6 +172,7 @@ class ExportOptions(_Options):
             detect_zeroes=self.detect_zeroes,
             backing=None if self.backing == "none" else "header",
             overlay=self.overlay,
+            secret=chosen_secret(self.secret_file, self.secret_env),
         )
         return image_from_filename(self.path, flags)
 

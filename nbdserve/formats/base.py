@@ -161,8 +161,9 @@ class FormatDriver(ABC):
         Every driver may find these options: ``discard`` (``"unmap"``: give freed space back to the file system, or
         ``"ignore"``); ``has_backing``, whether the user put a layer below this one, whatever the header says;
         ``companions``, the open storages of ``companions()`` in the same order, owned like ``storage``; ``secret``,
-        the passphrase of an encrypted image, bytes or None. Others belong to one format: ``snapshot``
-        (``has_snapshots``), raw's ``offset`` and ``size``.
+        the passphrase of an encrypted image, bytes or None; ``metadata_only``: no guest byte will be read or written,
+        so that an encrypted image needs no secret. Others belong to one format: ``snapshot`` (``has_snapshots``),
+        raw's ``offset`` and ``size``.
 
         Raises ImageError naming file, field and value; nothing is modified by a failed or a read-only open.
         """
@@ -222,7 +223,8 @@ class FormatDriver(ABC):
         """Make ``storage`` an image of ``size`` bytes; what the files held before is lost. Stable on return.
 
         ``companions`` are the storages of ``created_companions``, ``backing`` the open backing file if the caller has
-        it, ``secret`` the passphrase of an encrypted image. ConfigError for a bad option, as ``validate_create``.
+        it, ``secret`` the passphrase of an encrypted image. ConfigError, before anything is touched, for a bad option
+        as from ``validate_create``, for a secret when nothing is to be encrypted, and for none when something is.
         """
         raise NotImplementedError
 

@@ -31,7 +31,7 @@ def _image(folder: Path, *lines: str, name: str = "image") -> Path:
     path.write_text("\n".join(lines))
     for line in lines:
         part = folder / line.lstrip("+-")
-        if line[0] not in "<=!" and not part.exists():
+        if line[0] not in "<=!*" and not part.exists():
             part.write_bytes(line[-1].encode() * SIZE)
     return path
 
@@ -61,7 +61,7 @@ async def _refused(folder: Path, spec: ImageSpec, kind: type[Exception] = ImageE
 
 async def test_the_files_are_opened_in_order_as_the_image_is(tmp_path: Path) -> None:
     for read_only in (False, True):
-        node = await open_image(_spec(_image(tmp_path, "a", "-b", "+c"), read_only=read_only, secret=b"s"))
+        node = await open_image(_spec(_image(tmp_path, "a", "-b", "+c", "*"), read_only=read_only, secret=b"s"))
         driver = PartsDriver.opened[-1]
         assert [part.path for part in driver.parts] == [str(tmp_path / name) for name in "abc"]
         assert [part.read_only for part in driver.parts] == [read_only, True, read_only]
@@ -134,6 +134,24 @@ async def test_a_parent_that_is_not_accepted_leaves_nothing_open(tmp_path: Path)
     assert "'other'" in await _refused(tmp_path, _spec(_image(tmp_path, "a", "c", "<base", "=other")))
 
 
+async def test_a_secret_opens_every_layer_that_headers_name(tmp_path: Path) -> None:
+    base = _image(tmp_path, "b", "*", name="base")
+    node = await open_image(_spec(_image(tmp_path, "a", "<base"), secret=b"pass"))
+    assert [layer.options["secret"] for layer in PartsDriver.opened] == [b"pass", b"pass"]
+    await node.close()
+    PartsDriver.opened.clear()
+    spec = _spec(_image(tmp_path, "a", "*"), secret=b"pass", backing=_spec(base, read_only=True, secret=b"other"))
+    await (await open_image(spec)).close()
+    assert [layer.options["secret"] for layer in PartsDriver.opened] == [b"pass", b"other"]
+    assert "pass" not in repr(spec)
+
+
+async def test_a_secret_for_what_is_not_encrypted_is_refused(tmp_path: Path) -> None:
+    message = await _refused(tmp_path, _spec(_image(tmp_path, "a"), secret=b"pass"), ConfigError)
+    assert "not encrypted" in message
+    assert "pass" not in message
+
+
 async def test_alone_neither_backing_nor_guest_data_is_opened(tmp_path: Path) -> None:
     image = _image(tmp_path, "+a", "b", "<absent")
     for read_only in (True, False):
@@ -144,6 +162,7 @@ async def test_alone_neither_backing_nor_guest_data_is_opened(tmp_path: Path) ->
         assert [part.path for part in driver.parts] == [str(image), str(tmp_path / "b")]
         assert [part.read_only for part in driver.parts] == [read_only, read_only]
         assert driver.options["has_backing"] is True
+        assert driver.options["metadata_only"] is True
         await driver.close()
         assert _open_files(tmp_path) == []
 

@@ -97,7 +97,10 @@ def test_image_trees() -> None:
         (["-f", "raw", "--image-opts", "driver=raw,file.filename=a"], "--image-opts"),
         (["--image-opts", "driver=raw,file.filename=a,bogus=1"], "'bogus'"),
         (["-B", "b", "a"], "--bitmap: .*not supported yet"),
-        (["--object", "tls-creds-x509,id=t", "a"], "--object: .*not supported yet"),
+        (["--object", "tls-creds-x509,id=t", "a"], "--object tls-creds-x509,id=t: TLS is not supported yet"),
+        (["--object", "secret,id=s,data=hush", "a"], "--object secret,id=s,: data= would show the secret"),
+        (["--image-opts", "driver=qcow2,file.filename=a,encrypt.key-secret=s"], "no secret of the id 's'"),
+        (["--list", "--object", "tls-creds-x509,id=t"], "TLS is not supported yet"),
         (["--tls-creds=t", "a"], "TLS is not supported yet"),
         (["-c", "/dev/nbd0", "a"], "nbd-client"),
         (["null-co://"], "'null-co'"),
@@ -108,6 +111,17 @@ def test_image_trees() -> None:
 def test_refused(argv: list[str], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         run_command_line(argv)
+
+
+def test_secrets_are_named_by_the_image(tmp_path: Path) -> None:
+    (tmp_path / "one").write_bytes(b"1")
+    (tmp_path / "two").write_bytes(b"2")
+    objects = ["--object", f"secret,id=s,file={tmp_path}/one", f"--object=secret,id=t,file={tmp_path}/two"]
+    arguments = parse_arguments([*objects, "--image-opts", "driver=qcow2,file.filename=a,encrypt.key-secret=t"])
+    assert plan_of(arguments, []).exports[0].image.secret == b"2"
+    tree = 'json:{"driver":"qcow2","file.filename":"a","encrypt.key-secret":"s"}'
+    assert plan_of(parse_arguments([*objects, tree]), []).exports[0].image.secret == b"1"
+    assert plan_of(parse_arguments([*objects, "a"]), []).exports[0].image.secret is None
 
 
 def test_with_inherited_sockets_there_is_nothing_to_bind() -> None:

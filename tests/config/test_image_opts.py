@@ -91,6 +91,54 @@ def test_trees(tree: Any, spec: ImageSpec) -> None:
     assert from_json(tree) == spec
 
 
+@pytest.mark.parametrize(
+    ("tree", "spec"),
+    [
+        (
+            {"driver": "qcow2", "file.filename": "a", "encrypt.format": "luks", "encrypt.key-secret": "s"},
+            ImageSpec("a", "qcow2", secret=b"first"),
+        ),
+        ({"driver": "qcow2", "file.filename": "a", "key-secret": "t"}, ImageSpec("a", "qcow2", secret=b"second")),
+        (
+            {"driver": "qcow2", "file.filename": "a", "encrypt": {"key-secret": "s"},
+             "backing": {"driver": "qcow2", "file.filename": "b", "encrypt": {"format": "aes", "key-secret": "t"}}},
+            ImageSpec(
+                "a", "qcow2", secret=b"first", backing=ImageSpec("b", "qcow2", read_only=True, secret=b"second")
+            ),
+        ),
+        (
+            {"driver": "raw", "file": {"driver": "qcow2", "file.filename": "a", "encrypt.key-secret": "s"}},
+            ImageSpec("a", "raw", file=ImageSpec("a", "qcow2", secret=b"first")),
+        ),
+    ],
+)  # fmt: skip
+def test_secrets_are_named(tree: Any, spec: ImageSpec) -> None:
+    assert image_from_filename(f"json:{json.dumps(tree)}", NO_FLAGS, {"s": b"first", "t": b"second"}) == spec
+
+
+@pytest.mark.parametrize(
+    ("tree", "problem"),
+    [
+        ({"encrypt.key-secret": "x"}, "option 'encrypt.key-secret': there is no secret of the id 'x'"),
+        ({"key-secret": "x"}, "option 'key-secret': there is no secret of the id 'x'"),
+        ({"encrypt.format": "luks"}, "'encrypt.key-secret': missing"),
+        ({"encrypt.format": "rot13", "encrypt.key-secret": "s"}, "'rot13' is none of aes, luks"),
+        ({"encrypt.colour": "red", "encrypt.key-secret": "s"}, "'encrypt.colour'"),
+    ],
+)
+def test_secrets_that_are_not_there(tree: Any, problem: str) -> None:
+    whole = {"driver": "qcow2", "file.filename": "a"} | tree
+    with pytest.raises(ConfigError, match=problem):
+        image_from_filename(f"json:{json.dumps(whole)}", NO_FLAGS, {"s": b"first"})
+
+
+def test_a_secret_of_the_command_line_is_for_the_image_at_the_bottom() -> None:
+    flags = ImageSpec("", secret=b"given")
+    assert from_json({"driver": "qcow2", "file.filename": "a"}, flags) == ImageSpec("a", "qcow2", secret=b"given")
+    tree = {"driver": "raw", "file": {"driver": "qcow2", "file.filename": "a"}}
+    assert from_json(tree, flags) == ImageSpec("a", "raw", file=ImageSpec("a", "qcow2", secret=b"given"))
+
+
 def test_format_on_the_command_line_wins() -> None:
     assert from_json({"driver": "qcow2", "file.filename": "a"}, ImageSpec("", "raw")) == ImageSpec("a", "raw")
 

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,22 @@ def test_image() -> None:
 def test_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         ExportOptions.model_validate({"path": "x"} | wrong)
+
+
+def test_secrets_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key").write_bytes(b"from a file\n")
+    monkeypatch.setenv("DISK_SECRET", "from the environment")
+    for options, secret in (
+        ({"secret_file": str(tmp_path / "key")}, b"from a file\n"),
+        ({"secret_env": "DISK_SECRET"}, b"from the environment"),
+    ):
+        image = ExportOptions.model_validate({"path": "a"} | options).image()
+        assert image == ImageSpec("a", secret=secret)
+        assert "from" not in repr(image)
+    with pytest.raises(ValidationError, match="exclude each other"):
+        ExportOptions(path="a", secret_file="key", secret_env="DISK_SECRET")
+    with pytest.raises(ConfigError, match="cannot read the secret"):
+        ExportOptions(path="a", secret_file=str(tmp_path / "absent")).image()
 
 
 def test_every_mode_is_taken() -> None:

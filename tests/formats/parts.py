@@ -12,8 +12,9 @@ from nbdserve.storage.base import Storage
 
 
 class PartsDriver(FormatDriver):
-    """The lines of the file: ``-name`` is a part that is never written, ``+name`` one of guest data, ``<name`` the
-    backing file, ``=name`` what the backing file has to be called. The disk is the first part."""
+    """The disk is the first part. The lines of the file: ``-name`` is a part that is never written, ``+name`` one of
+    guest data, ``<name`` the backing file, ``=name`` what the backing file has to be called, ``*`` makes it encrypted.
+    """
 
     name: ClassVar[str] = "parts"
     create_options: ClassVar[tuple[CreateOption, ...]] = (
@@ -21,6 +22,7 @@ class PartsDriver(FormatDriver):
         CreateOption("backing_fmt", "Its format"),
         CreateOption("size", "Its size"),
         CreateOption("count", "Parts", "1"),
+        CreateOption("encrypt.key-secret", "ID of the passphrase"),
     )
     opened: ClassVar[list[PartsDriver]] = []
     """Every image opened, for the test to look at."""
@@ -33,6 +35,7 @@ class PartsDriver(FormatDriver):
         self.size = self.data.size
         self.cluster_size = self.granularity = 1
         self.expected = [line[1:] for line in lines if line.startswith("=")]
+        self.encrypted = "*" in lines
         self.accepted: list[FormatDriver] = []
         for line in lines:
             if line.startswith("<"):
@@ -44,7 +47,7 @@ class PartsDriver(FormatDriver):
         return [
             Companion(line.lstrip("+-"), "part", read_only=line[0] == "-", guest_data_only=line[0] == "+")
             for line in lines
-            if line[0] not in "<=!"
+            if line[0] not in "<=!*"
         ]
 
     @classmethod
@@ -87,10 +90,12 @@ class PartsDriver(FormatDriver):
         lines = [part.path.rpartition("/")[2] for part in companions]
         if backing is not None:
             lines.append(f"={backing.path.rpartition('/')[2]}")
+        if secret is not None:
+            lines.append(f"secret {secret!r}")
         await storage.write(0, "\n".join(lines).encode())
 
     def info(self) -> ImageInfo:
-        return ImageInfo(self.name, self.size, backing=self.backing)
+        return ImageInfo(self.name, self.size, backing=self.backing, encrypted=self.encrypted)
 
     def lookup(self, offset: int, length: int) -> Run:
         return DATA, length, offset

@@ -44,6 +44,18 @@ RootsOption: TypeAlias = Annotated[
 ]
 
 
+SecretFileOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--secret-file", metavar="FILE", help="The passphrase of an encrypted image.", show_default=False),
+]
+SecretEnvOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--secret-env", metavar="NAME", help="The environment variable with the passphrase.", show_default=False
+    ),
+]
+
+
 def roots_for(path: str, given: list[Path] | None) -> ImageRoots:
     """The directories in which files named by headers may be."""
     return ImageRoots([Path(path).parent, *(given or [])])

@@ -12,8 +12,9 @@ from typing import Annotated, Final
 
 import typer
 
-from nbdserve.cli.image.common import full_name, open_layer
+from nbdserve.cli.image.common import SecretEnvOption, SecretFileOption, full_name, open_layer
 from nbdserve.cli.usage import UsageError
+from nbdserve.config.secrets import chosen_secret, named_secret, secrets_of_objects
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.registry import driver_for
@@ -46,6 +47,17 @@ def create(
             "-o", metavar="NAME=VALUE,...", help="Options of the format; `-o help` lists them.", show_default=False
         ),
     ] = None,
+    objects: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--object",
+            metavar="secret,id=ID,file=FILE",
+            help="A passphrase, for `-o encrypt.key-secret=ID`.",
+            show_default=False,
+        ),
+    ] = None,
+    secret_file: SecretFileOption = None,
+    secret_env: SecretEnvOption = None,
     unchecked: Annotated[bool, typer.Option("-u", help="Do not open the backing file.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> int:
@@ -61,8 +73,26 @@ def create(
         chosen["backing_file"] = backing
     if backing_format is not None:
         chosen["backing_fmt"] = backing_format
-    asyncio.run(_create(driver, file, size, chosen, unchecked=unchecked, quiet=quiet))
+    secret = _secret(driver, chosen, secrets_of_objects(objects or []), chosen_secret(secret_file, secret_env))
+    asyncio.run(_create(driver, file, size, chosen, secret, unchecked=unchecked, quiet=quiet))
     return 0
+
+
+def _secret(
+    driver: type[FormatDriver], options: dict[str, str], secrets: dict[str, bytes], plain: bytes | None
+) -> bytes | None:
+    """The passphrase: the one a ``key-secret`` option names, or the one given without a name.
+
+    Never one that nothing is encrypted with: whoever gives it takes the image to be.
+    """
+    for option in ("encrypt.key-secret", "key-secret"):
+        if option in options:
+            if plain is not None:
+                raise UsageError(f"{option} and --secret-file or --secret-env exclude each other")
+            return named_secret(secrets, options[option], option)
+    if plain is not None and not any(option.name.endswith("key-secret") for option in driver.create_options):
+        raise ConfigError(f"{driver.name} images are never encrypted, and a secret is given")
+    return plain
 
 
 def parse_option_list(texts: list[str]) -> dict[str, str] | None:
@@ -92,7 +122,14 @@ def _options_help(driver: type[FormatDriver]) -> str:
 
 
 async def _create(
-    driver: type[FormatDriver], file: str, size: str | None, options: dict[str, str], *, unchecked: bool, quiet: bool
+    driver: type[FormatDriver],
+    file: str,
+    size: str | None,
+    options: dict[str, str],
+    secret: bytes | None,
+    *,
+    unchecked: bool,
+    quiet: bool,
 ) -> None:
     driver.check_option_names(options)
     if "size" in options and size is not None:
@@ -106,12 +143,12 @@ async def _create(
     if backing is not None:
         _refuse_same(file, full_name(file, backing), "backing file")
     if backing is None or unchecked:
-        await _make(driver, file, _size(file, wanted, None), options, None, quiet=quiet)
+        await _make(driver, file, _size(file, wanted, None), options, None, secret, quiet=quiet)
         return
     # Alone: what its header names stays closed.
     layer = await open_layer(full_name(file, backing), options["backing_fmt"], force_share=True)
     try:
-        await _make(driver, file, _size(file, wanted, layer.size), options, layer, quiet=quiet)
+        await _make(driver, file, _size(file, wanted, layer.size), options, layer, secret, quiet=quiet)
     finally:
         await layer.close()
 
@@ -122,6 +159,7 @@ async def _make(
     size: int,
     options: dict[str, str],
     backing: FormatDriver | None,
+    secret: bytes | None,
     *,
     quiet: bool,
 ) -> None:
@@ -138,7 +176,7 @@ async def _make(
     if not quiet:
         shown = " ".join(f"{name}={value}" for name, value in options.items())
         print(f"Formatting '{file}', fmt={driver.name} size={size} {shown}".rstrip())
-    await _write(driver, paths, size, options, backing)
+    await _write(driver, paths, size, options, backing, secret)
 
 
 def _size(file: str, wanted: str | None, backing_size: int | None) -> int:
@@ -159,7 +197,12 @@ def _refuse_same(file: str, other: str, what: str) -> None:
 
 
 async def _write(
-    driver: type[FormatDriver], paths: list[str], size: int, options: dict[str, str], backing: FormatDriver | None
+    driver: type[FormatDriver],
+    paths: list[str],
+    size: int,
+    options: dict[str, str],
+    backing: FormatDriver | None,
+    secret: bytes | None,
 ) -> None:
     """Make the files; those that were not there before are removed again when it fails."""
     made = _missing(paths)
@@ -173,7 +216,7 @@ async def _write(
             if kept and path in made:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
             storages.append(await FileStorage.open(path, create=not kept))
-        await driver.create(storages[0], size, options, companions=storages[1:], backing=backing)
+        await driver.create(storages[0], size, options, companions=storages[1:], backing=backing, secret=secret)
         for path in made:
             await sync_parent(path)
     except BaseException:

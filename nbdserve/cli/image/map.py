@@ -22,8 +22,11 @@ from nbdserve.cli.image.common import (
     Output,
     OutputOption,
     RootsOption,
+    SecretEnvOption,
+    SecretFileOption,
     roots_for,
 )
+from nbdserve.config.secrets import chosen_secret
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO
 from nbdserve.formats.qcow2.driver import Qcow2Driver
@@ -48,11 +51,14 @@ def map_image(
     output: OutputOption = Output.HUMAN,
     force_share: ForceShareOption = False,
     image_root: RootsOption = None,
+    secret_file: SecretFileOption = None,
+    secret_env: SecretEnvOption = None,
 ) -> int:
     """Print where the data of an image is: in which file of its chain, and at which offset."""
     start = _size(start_offset, "start offset")
     length = None if max_length is None else _size(max_length, "max length")
-    spec = ImageSpec(file, format_name, read_only=True, force_share=force_share)
+    secret = chosen_secret(secret_file, secret_env)
+    spec = ImageSpec(file, format_name, read_only=True, force_share=force_share, secret=secret)
     asyncio.run(_map(spec, start, length, output, image_root))
     return 0
 

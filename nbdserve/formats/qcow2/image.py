@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final, NoReturn, Self
 
 import numpy as np
 
-from nbdserve.errors import CorruptImageError, ImageError, RequestError, UnsupportedImageError
+from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestError, UnsupportedImageError
 from nbdserve.formats.base import (
     BackingReference,
     CheckResult,
@@ -235,6 +235,8 @@ class Qcow2Image(FormatDriver):
         secret: bytes | None = None,
     ) -> None:
         """Make ``storage`` an empty image of ``size`` bytes."""
+        if secret is not None:
+            raise ConfigError("a secret is given, and the image is not to be encrypted")
         await create_qcow2(storage, size, options, data_file_storage=companions[0] if companions else None)
 
     async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:

@@ -201,3 +201,50 @@ def test_a_raw_file_is_none_of_the_other_files(name: str, tmp_path: Path, monkey
     assert "are the same file" in ran.err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "link"]
     assert Path("base").read_bytes() == b"base" * 1000
+
+
+@pytest.mark.usefixtures("_parts")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-o", "encrypt.key-secret=s", "--object", "secret,id=s,file=key"],
+        ["-o", "encrypt.key-secret=t", "--object", "secret,id=s,file=i", "--object", "secret,id=t,env=KEY"],
+        ["--secret-file", "key"],
+        ["--secret-env", "KEY"],
+    ],
+)
+def test_a_secret_reaches_the_driver_and_is_not_shown(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KEY", "hush")
+    Path("key").write_bytes(b"hush")
+    Path("i").write_bytes(b"old")
+    ours = image(monkeypatch, "create", "-f", "parts", *arguments, "i", "1M")
+    assert ours.code == 0, ours.err
+    assert "hush" not in ours.out + ours.err
+    assert Path("i").read_bytes() == b"part0\nsecret b'hush'"
+
+
+@pytest.mark.usefixtures("_parts")
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["-o", "encrypt.key-secret=s"], "no secret of the id 's'"),
+        (["-o", "encrypt.key-secret=s", "--object", "secret,id=s,data=hush"], "every user"),
+        (["-o", "encrypt.key-secret=s", "--object", "secret,id=s,env=KEY", "--secret-env", "KEY"], "exclude"),
+        (["--secret-file", "absent"], "absent"),
+        (["-f", "raw", "--secret-env", "KEY"], "never encrypted"),
+        (["--secret-file", "a", "--secret-env", "KEY"], "both"),
+    ],
+)
+def test_a_secret_that_is_not_there(
+    arguments: list[str], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KEY", "hush")
+    ours = image(monkeypatch, "create", "-f", "parts", *arguments, "i", "1M")
+    assert ours.code in {1, 2}
+    assert problem in ours.err
+    assert "hush" not in ours.err
+    assert list(tmp_path.iterdir()) == []
