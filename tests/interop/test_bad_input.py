@@ -447,7 +447,7 @@ def test_wrong_format(image: Path) -> None:
     unknown = image.parent / "other"
     unknown.write_bytes(b"KDMV" + bytes(508))
     for name in ("serve", "qemu-nbd", "info", "check", "map"):
-        refused(image.parent, command(name, unknown), unknown, "'vmdk'")
+        refused(image.parent, command(name, unknown), unknown, "version = 0")
 
 
 # --- a full disk, Ctrl-C -----------------------------------------------------------------------------------------

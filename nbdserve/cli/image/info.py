@@ -54,7 +54,7 @@ class Layer:
     path: str
     info: ImageInfo
     disk_size: int
-    """Bytes of disk space the file uses."""
+    """Bytes of disk space its files use."""
 
 
 def info(
@@ -125,7 +125,8 @@ async def _describe(driver: FormatDriver, path: str) -> Layer:
                     for bitmap in bitmaps
                 ]
         facts.specific = {key: facts.specific[key] for key in sorted(facts.specific, key=_position)}
-        return Layer(path, facts, driver.storage.allocated_size())
+        files = dict.fromkeys((driver.storage, driver.data))
+        return Layer(path, facts, sum(file.allocated_size() for file in files))
     finally:
         await driver.close()
 
