@@ -96,10 +96,14 @@ class AppendSpace:
         if self._punch:
             for host_offset, length in merged:
                 await self._storage.discard(host_offset, length)
-        if self._reuse and merged:
-            self._free = _merged([*self._free, *merged])  # ascending, and so a heap
-            if sum(self._free[-1]) == self.end:
-                self.end = self._free.pop()[0]
+        if self._reuse:
+            self.add_free(merged)
+
+    def add_free(self, ranges: Iterable[HostRange]) -> None:
+        """Units before ``end`` that nothing refers to, on disk neither: holes that were there when it was opened."""
+        self._free = _merged([*self._free, *ranges])  # ascending, and so a heap
+        if self._free and sum(self._free[-1]) == self.end:
+            self.end = self._free.pop()[0]
 
     @property
     def free_ranges(self) -> list[HostRange]:

@@ -6,6 +6,7 @@ from typing import Final
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
+from nbdserve.formats.parallels.driver import ParallelsDriver
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.formats.raw import RawDriver
 from nbdserve.formats.raw_cow.driver import RawCowDriver
@@ -14,6 +15,7 @@ from nbdserve.formats.vmdk.driver import VmdkDriver
 
 DRIVERS: Final[dict[str, type[FormatDriver]]] = {
     "raw": RawDriver,
+    "parallels": ParallelsDriver,
     "qcow2": Qcow2Driver,
     "raw-cow": RawCowDriver,
     "vdi": VdiDriver,

@@ -148,3 +148,12 @@ async def test_freed_units_are_punched_before_they_are_free() -> None:
     await _release(space)
     assert storage.allocated_size() == (1 << 20) - 3 * 65536
     assert space.free_ranges == [(65536, 131072), (655360, 65536)]
+
+
+def test_holes_that_are_there_at_first_are_free_and_hold_junk() -> None:
+    storage = MemoryStorage(b"x" * 1000)
+    space = AppendSpace(storage, 100, 1000, punch=True)
+    space.add_free([(300, 200), (100, 100)])
+    assert storage.allocated_size() == 65536  # nothing is punched
+    assert space.take(5) == (100, 1, False)
+    assert space.take(5) == (300, 2, False)

@@ -122,7 +122,7 @@ class VdiDriver(FlatImage):
         self._allocated, self._end = found.allocated, found.end
         block = self._block
         space = self._new_space()
-        await space.release((self._base + first * block, count * block) for first, count in found.holes())
+        space.add_free((self._base + first * block, count * block) for first, count in found.holes())
         self._set_writable(space)
 
     def _new_space(self) -> AppendSpace:

@@ -1,0 +1,1 @@
+"""Parallels expandable images."""
