@@ -12,6 +12,7 @@ from nbdserve.formats.raw import RawDriver
 from nbdserve.formats.raw_cow.driver import RawCowDriver
 from nbdserve.formats.vdi.driver import VdiDriver
 from nbdserve.formats.vmdk.driver import VmdkDriver
+from nbdserve.formats.vhdx.driver import VhdxDriver
 
 DRIVERS: Final[dict[str, type[FormatDriver]]] = {
     "raw": RawDriver,
@@ -20,6 +21,7 @@ DRIVERS: Final[dict[str, type[FormatDriver]]] = {
     "raw-cow": RawCowDriver,
     "vdi": VdiDriver,
     "vmdk": VmdkDriver,
+    "vhdx": VhdxDriver,
 }
 """By QEMU's format names."""
 

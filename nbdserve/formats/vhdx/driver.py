@@ -1,0 +1,218 @@
+"""The VHDX driver: what the block allocation table of a dynamic or fixed image says, and changing it.
+
+Differencing images, whose blocks can be here in part, are opened as the subclass in ``differencing``.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Self, cast
+
+from nbdserve.errors import RequestError
+from nbdserve.extents import DATA, UNALLOCATED, ZERO, Run, RunArray, RunStream
+from nbdserve.formats.base import Allocation
+from nbdserve.formats.tables import L2Table
+from nbdserve.formats.vhdx.image import TABLE_ENTRY_BITS, VhdxImage
+from nbdserve.formats.vhdx.layout import (
+    FULLY_PRESENT,
+    NOT_PRESENT,
+    OFFSET_MASK,
+    PARTIALLY_PRESENT,
+    STATE_MASK,
+    UNMAPPED,
+)
+from nbdserve.formats.vhdx.layout import ZERO as ZERO_STATE
+from nbdserve.formats.vhdx.runs import iter_runs
+from nbdserve.formats.vhdx.structure import Structure
+from nbdserve.units import MIB, div_ceil
+
+_INDEX_MASK = (1 << TABLE_ENTRY_BITS) - 1
+
+
+class VhdxDriver(VhdxImage):
+    """One open VHDX image."""
+
+    @classmethod
+    def _class_for(cls, structure: Structure) -> type[Self]:
+        if structure.parameters.has_parent:
+            from nbdserve.formats.vhdx.differencing import DifferencingDriver  # noqa: PLC0415  (a subclass of this)
+
+            return cast("type[Self]", DifferencingDriver)
+        return cls
+
+    # --- reading the mapping ---------------------------------------------------------------------------------------
+
+    def lookup(self, offset: int, length: int) -> Run | None:
+        """What this layer has at ``offset``; EIO where the entry is invalid."""
+        block = offset >> self._block_bits
+        index = block + (block >> self._ratio_bits)
+        table = self._recent.get(index >> TABLE_ENTRY_BITS)
+        if table is None:
+            table = self.bat.find(index >> TABLE_ENTRY_BITS)
+            if table is None:
+                return None
+        entry = table.entries[index & _INDEX_MASK]
+        if entry & STATE_MASK != FULLY_PRESENT:
+            return self._lookup_other(table, block, offset, length)
+        inside = offset & self._block_mask
+        host_offset = (entry & OFFSET_MASK) + inside
+        length = min(length, self._block_mask + 1 - inside)
+        if host_offset + length > self.host_limit or host_offset < MIB:
+            length = self._inside_file(block, entry, host_offset, length)
+        return DATA, length, host_offset
+
+    def _lookup_other(self, table: L2Table, block: int, offset: int, length: int) -> Run | None:
+        """``lookup`` where the block is not here as a whole."""
+        kind, count = self._absent(table, block, length)
+        return kind, min(length, (count << self._block_bits) - (offset & self._block_mask)), -1
+
+    def _absent(self, table: L2Table, block: int, length: int) -> tuple[int, int]:
+        """Kind of a block that is not here, and how many blocks from it on are of that kind, as far as one look goes.
+
+        EIO for an entry that cannot be.
+        """
+        entry = table.entries[self._index(block) & _INDEX_MASK]
+        state = entry & STATE_MASK
+        if state > UNMAPPED:
+            raise self._bad_entry(block, entry)
+        kind = UNALLOCATED if state == NOT_PRESENT else ZERO
+        most = min(self._together(block), div_ceil(length, self.cluster_size) + 1)
+        first = self._index(block) & _INDEX_MASK
+        count = 1
+        while count < most and table.entries[first + count] & STATE_MASK == state:
+            count += 1
+        return kind, count
+
+    def _index(self, block: int) -> int:
+        return block + (block >> self._ratio_bits)
+
+    def _together(self, block: int) -> int:
+        """Blocks from this one on that are in the same chunk and the same part of the table."""
+        in_chunk = (1 << self._ratio_bits) - (block & (1 << self._ratio_bits) - 1)
+        return min(in_chunk, _INDEX_MASK + 1 - (self._index(block) & _INDEX_MASK))
+
+    def _inside_file(self, block: int, entry: int, host_offset: int, length: int) -> int:
+        """The part of the run that the file has: the last block of some writers is cut at the end of the disk."""
+        length = min(length, self.host_limit - host_offset)
+        if length <= 0 or host_offset < MIB:
+            raise self._bad_entry(block, entry)
+        return length
+
+    def _bad_entry(self, block: int, entry: int) -> RequestError:
+        return RequestError(
+            errno.EIO, f"{self.path}: invalid BAT entry {entry:#x} for guest offset {block << self._block_bits:#x}"
+        )
+
+    def iter_runs(self, start: int, end: int) -> RunStream:
+        """The mapping of ``[start, end)``, a part of the table at a time. RequestError(EIO) for a bad entry."""
+        return iter_runs(self, start, end)
+
+    async def split_partial(self, runs: RunArray) -> RunStream:
+        """``runs``, where blocks that are here in part are divided; here there are none."""
+        yield runs.coalesced()
+
+    async def load(self, offset: int) -> None:
+        """The part of the table that ``offset`` needs; before the first change, what has to be done first."""
+        if self._wants_begin:
+            await self._begin()
+        await self.load_bat(self._index(offset >> self._block_bits))
+
+    # --- changing it -----------------------------------------------------------------------------------------------
+
+    def _find(self, offset: int) -> tuple[L2Table, int, int] | None:
+        """``(table, index in it, entry)`` of the block at ``offset``, if the table is in memory."""
+        index = self._index(offset >> self._block_bits)
+        table = self.bat.find(index >> TABLE_ENTRY_BITS)
+        if table is None:
+            return None
+        index &= _INDEX_MASK
+        return table, index, table.entries[index]
+
+    def lookup_writable(self, offset: int, length: int) -> Run | None:
+        """Blocks that are here are overwritten in place: opening has seen that they lie nowhere else's."""
+        if not self._begun and not self._may_change():
+            return None
+        if self._broken:
+            raise RequestError(errno.EIO, self._broken)
+        run = self.lookup(offset, length)
+        if run is None or run[0] == DATA:
+            return run
+        return UNALLOCATED, run[1], -1
+
+    def allocate(self, offset: int, length: int) -> Allocation | None:
+        """New blocks, consecutive in the file and in one part of the table."""
+        found = self._find(offset) if self._may_change() and not self._is_crowded else None
+        if found is None:
+            return None
+        table, first, _ = found
+        most = min(self._together(offset >> self._block_bits), div_ceil(length, self.cluster_size))
+        count = 1
+        while count < most and table.entries[first + count] & STATE_MASK <= UNMAPPED:
+            count += 1
+        host_offset, zeroed = self._take(count)
+        table.pins += 1
+        return Allocation(
+            offset, min(length, count << self._block_bits), host_offset, zeroed, (table, first, count, host_offset)
+        )
+
+    def _take(self, blocks: int) -> tuple[int, bool]:
+        """Host space for that many consecutive blocks."""
+        host_offset, zeroed = self.space.take_whole(blocks << self._block_bits >> 20)
+        self.host_limit = max(self.host_limit, host_offset + (blocks << self._block_bits))
+        return host_offset, zeroed
+
+    def publish(self, allocation: Allocation) -> None:
+        """Point the entries at the new blocks."""
+        table, first, count, host_offset = allocation.token
+        for number in range(count):
+            table.store(first + number, host_offset + (number << self._block_bits) | FULLY_PRESENT)
+        table.pins -= 1
+
+    def abandon(self, allocation: Allocation) -> None:
+        """The blocks are free again after the next commit."""
+        table, _, count, host_offset = allocation.token
+        table.pins -= 1
+        self.space.free(host_offset, count << self._block_bits >> 20)
+
+    async def prepare(self, offset: int, length: int) -> None:
+        """The table in memory, and not too many changes waiting."""
+        if self._is_crowded:
+            await self._commit.commit()
+        await self.load(offset)
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> int | None:
+        """Whole blocks become ZERO; those of a fixed image, or that are to keep their space, are zeroed in place."""
+        if self.structure.parameters.leave_allocated:
+            return 0
+        found = self._find(offset) if self._may_change() and not self._is_crowded else None
+        if found is None:
+            return None
+        table, first, entry = found
+        block = offset >> self._block_bits
+        if offset & self._block_mask or (length < self.cluster_size and offset + length < self.size):
+            return 0
+        stop = offset + length
+        blocks = div_ceil(stop, self.cluster_size) if stop == self.size else stop >> self._block_bits
+        most = min(self._together(block), blocks - block)
+        count = 0
+        while count < most:
+            entry = table.entries[first + count]
+            state = entry & STATE_MASK
+            if state > UNMAPPED:
+                if state not in (FULLY_PRESENT, PARTIALLY_PRESENT):
+                    raise self._bad_entry(block + count, entry)
+                if not unmap:
+                    break
+                self.space.free(entry & OFFSET_MASK, self.cluster_size >> 20)
+            if state != ZERO_STATE:
+                table.store(first + count, ZERO_STATE)
+            count += 1
+        return min(length, count << self._block_bits)
+
+    def discard(self, offset: int, length: int) -> int | None:
+        """As ``zero``, of the whole blocks of the range: what was discarded reads as zeroes."""
+        if inside := offset & self._block_mask:
+            return min(length, self.cluster_size - inside)
+        if length < self.cluster_size and offset + length < self.size:
+            return length
+        return self.zero(offset, length, unmap=True)
