@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -14,9 +15,8 @@ from nbdserve.errors import ConfigError, CorruptImageError, UnsupportedImageErro
 VHDX_LOCATOR: Final = UUID("B04AEFB7-D19E-4A81-B789-25B8E9445913")
 
 HEAD: Final[Any] = c.Struct("locator_type" / c.Bytes(16), "reserved" / c.Int16ul, "count" / c.Int16ul)
-ENTRY: Final[Any] = c.Struct(
-    "key_offset" / c.Int32ul, "value_offset" / c.Int32ul, "key_length" / c.Int16ul, "value_length" / c.Int16ul
-)
+ENTRY: Final = struct.Struct("<IIHH")
+"""Offsets of key and value, their lengths; there can be 65535 of them, too many for ``construct``."""
 PATH_KEYS: Final = ("relative_path", "volume_path", "absolute_win32_path")
 """In the order in which they are to be tried."""
 LINKAGE_KEYS: Final = ("parent_linkage", "parent_linkage2")
@@ -39,20 +39,19 @@ class ParentLocator:
         kind = UUID(bytes_le=head.locator_type)
         if kind != VHDX_LOCATOR:
             raise UnsupportedImageError(path, "the parent is no VHDX image", field="LocatorType", value=str(kind))
-        start, size = HEAD.sizeof(), ENTRY.sizeof()
-        if start + head.count * size > len(data):
+        start, stop = HEAD.sizeof(), HEAD.sizeof() + head.count * ENTRY.size
+        if stop > len(data):
             raise CorruptImageError(path, "more than the item holds", field="KeyValueCount", value=head.count)
         values: dict[str, str] = {}
-        for at in range(start, start + head.count * size, size):
-            entry = ENTRY.parse(data[at : at + size])
-            if entry.key_length > _LONGEST_KEY:
+        for key_offset, value_offset, key_length, value_length in ENTRY.iter_unpack(data[start:stop]):
+            if key_length > _LONGEST_KEY:
                 continue
-            key = _text(data, entry.key_offset, entry.key_length, "key", path)
+            key = _text(data, key_offset, key_length, "key", path)
             if key not in PATH_KEYS and key not in LINKAGE_KEYS:
                 continue
             if key in values:
                 raise CorruptImageError(path, "there are two of it", field="parent locator key", value=key)
-            values[key] = _text(data, entry.value_offset, entry.value_length, key, path)
+            values[key] = _text(data, value_offset, value_length, key, path)
         locator = cls(values)
         locator.linkages(path)
         if not any(values.get(key) for key in PATH_KEYS):
@@ -82,20 +81,14 @@ class ParentLocator:
 
     def build(self) -> bytes:
         """The content of the metadata item. ValueError when it is longer than its fields can say."""
-        at = HEAD.sizeof() + len(self.values) * ENTRY.sizeof()
+        at = HEAD.sizeof() + len(self.values) * ENTRY.size
         entries, stored = b"", b""
         for key, value in self.values.items():
             key_bytes, value_bytes = key.encode("utf-16-le"), value.encode("utf-16-le")
             if len(value_bytes) >= 1 << 16:
                 raise ValueError(f"{key}: {len(value_bytes)} bytes, at most 65535")
-            entries += ENTRY.build(
-                {
-                    "key_offset": at + len(stored),
-                    "value_offset": at + len(stored) + len(key_bytes),
-                    "key_length": len(key_bytes),
-                    "value_length": len(value_bytes),
-                }
-            )
+            key_at = at + len(stored)
+            entries += ENTRY.pack(key_at, key_at + len(key_bytes), len(key_bytes), len(value_bytes))
             stored += key_bytes + value_bytes
         head: bytes = HEAD.build({"locator_type": VHDX_LOCATOR.bytes_le, "reserved": 0, "count": len(self.values)})
         return head + entries + stored
