@@ -11,8 +11,8 @@ from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.formats.raw import RawDriver
 from nbdserve.formats.raw_cow.driver import RawCowDriver
 from nbdserve.formats.vdi.driver import VdiDriver
-from nbdserve.formats.vmdk.driver import VmdkDriver
 from nbdserve.formats.vhdx.driver import VhdxDriver
+from nbdserve.formats.vmdk.driver import VmdkDriver
 
 DRIVERS: Final[dict[str, type[FormatDriver]]] = {
     "raw": RawDriver,
