@@ -136,30 +136,49 @@ async def _open_layers(spec: ImageSpec, roots: ImageRoots, layers: list[FormatDr
         if spec.backing is None or (spec.backing == "header" and layer.backing is None):
             return probed_raw
         read_only = True
-        if isinstance(spec.backing, ImageSpec):
+        if isinstance(spec.backing, ImageSpec) and spec.backing.path:
             spec = spec.backing
             storage = await _open_storage(spec, roots, read_only=True)
         else:
-            assert layer.backing is not None
-            if layer.backing.format is None:
-                raise ImageError(
-                    layer.path,
-                    "the header declares no format for it, and a backing format is never guessed",
-                    field="backing file",
-                    value=layer.backing.name,
-                    hint=f"qemu-img rebase -u -F FORMAT -b {layer.backing.name} {layer.path}",
-                )
-            fd = _open_beneath(roots, layer.backing.name, layer.path, "backing file", dict.fromkeys(seen, _LOOPS))
-            path = str(Path(layer.path).parent / layer.backing.name)
-            storage = await FileStorage.from_fd(fd, path, cache=spec.cache, force_share=spec.force_share)
-            spec = ImageSpec(
-                storage.path,
-                layer.backing.format,
-                read_only=True,
-                cache=spec.cache,
-                force_share=spec.force_share,
-                secret=spec.secret,
+            spec, storage = await _open_named(layer, spec, roots, seen)
+
+
+async def _open_named(
+    layer: FormatDriver, spec: ImageSpec, roots: ImageRoots, seen: Mapping[tuple[int, int], str]
+) -> tuple[ImageSpec, Storage]:
+    """The backing file the header of ``layer`` names, in the format the user gave for it or the header declares."""
+    below = spec.backing if isinstance(spec.backing, ImageSpec) else ImageSpec("")
+    backing = layer.backing
+    if backing is None:
+        raise ImageError(layer.path, "the header names none, and the options give no file for it", field="backing file")
+    format_name = below.format or backing.format
+    if format_name is None:
+        hint = f"qemu-img rebase -u -F FORMAT -b {backing.name} {layer.path}"
+        if not layer.declares_backing_format:
+            hint = (
+                f"{layer.name} headers have no room for it, so say at each use: "
+                f"--image-opts driver={layer.name},file.filename={layer.path},backing.driver=FORMAT"
             )
+        raise ImageError(
+            layer.path,
+            "the header declares no format for it, and a backing format is never guessed",
+            field="backing file",
+            value=backing.name,
+            hint=hint,
+        )
+    fd = _open_beneath(roots, backing.name, layer.path, "backing file", dict.fromkeys(seen, _LOOPS))
+    path = str(Path(layer.path).parent / backing.name)
+    storage = await FileStorage.from_fd(fd, path, cache=spec.cache, force_share=spec.force_share)
+    opened = replace(
+        below,
+        path=path,
+        format=format_name,
+        read_only=True,
+        cache=spec.cache,
+        force_share=spec.force_share,
+        secret=spec.secret if below.secret is None else below.secret,
+    )
+    return opened, storage
 
 
 def _refuse_loop(storage: Storage, seen: dict[tuple[int, int], str], layers: list[FormatDriver]) -> None:

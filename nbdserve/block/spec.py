@@ -28,7 +28,8 @@ class ImageSpec:
     discard: str = "ignore"
     detect_zeroes: str = "off"
     backing: BackingSpec = "header"
-    """``"header"``: the file the image's header names; None: none, whatever the header says; a spec: this one."""
+    """``"header"``: the file the image's header names; None: none, whatever the header says; a spec: this one, or, if
+    it has no path, the file the header names, opened as the spec says."""
     file: ImageSpec | None = None
     """The image whose disk holds this one's bytes, instead of the file at ``path``, which then only names it."""
     data_file: ImageSpec | None = None

@@ -226,8 +226,15 @@ def _near(word: str, known: Iterable[str]) -> str:
 
 
 def _image(
-    tree: Tree, flags: ImageSpec, secrets: Mapping[str, bytes], where: str = "", *, top: bool = False
+    tree: Tree,
+    flags: ImageSpec,
+    secrets: Mapping[str, bytes],
+    where: str = "",
+    *,
+    top: bool = False,
+    named: bool = False,
 ) -> ImageSpec:
+    """``named``: without ``file`` it is the file that the header of the image above names."""
     options = _Options(tree, where)
     driver = options.text("driver")
     if driver in FILE_DRIVERS:
@@ -239,8 +246,10 @@ def _image(
     if driver is None and not top:
         raise options.error("driver", "missing: a backing format is never guessed")
     format_ = flags.format or driver
-    below = _below(options.child("file"), _generic(options, flags), secrets, f"{where}file.")
-    spec = replace(below, format=format_)
+    spec = _generic(options, flags)
+    if options.has("file") or not named:
+        spec = _below(options.child("file"), spec, secrets, f"{where}file.")
+    spec = replace(spec, format=format_)
     if format_ == "raw":
         spec = _window(spec, options.size("offset"), options.size("size"))
     else:
@@ -293,7 +302,8 @@ def _children(options: _Options, spec: ImageSpec, secrets: Mapping[str, bytes], 
             options.take("backing")
             spec = replace(spec, backing=None)
         else:
-            spec = replace(spec, backing=_image(options.child("backing"), inherited, secrets, f"{where}backing."))
+            below = _image(options.child("backing"), inherited, secrets, f"{where}backing.", named=True)
+            spec = replace(spec, backing=below)
     if options.has("data-file"):
         below = replace(inherited, read_only=spec.read_only, discard=spec.discard)
         data_file = _image(options.child("data-file"), below, secrets, f"{where}data-file.")

@@ -127,6 +127,8 @@ class FormatDriver(ABC):
     create_options: ClassVar[tuple[CreateOption, ...]] = ()
     has_snapshots: ClassVar[bool] = False
     """``open`` takes ``snapshot``, the id or name of an internal snapshot, and is then read-only."""
+    declares_backing_format: ClassVar[bool] = True
+    """The header has a word for every format of a backing file; else the user gives it at each use."""
     takes_data_file: ClassVar[bool] = False
     """The one companion such an image may have can be chosen by the user (``data-file``)."""
     keeps_companions: ClassVar[bool] = False

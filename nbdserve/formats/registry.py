@@ -7,7 +7,9 @@ from typing import Final
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.parallels.driver import ParallelsDriver
+from nbdserve.formats.qcow.driver import QcowDriver
 from nbdserve.formats.qcow2.driver import Qcow2Driver
+from nbdserve.formats.qed.driver import QedDriver
 from nbdserve.formats.raw import RawDriver
 from nbdserve.formats.raw_cow.driver import RawCowDriver
 from nbdserve.formats.vdi.driver import VdiDriver
@@ -17,7 +19,9 @@ from nbdserve.formats.vmdk.driver import VmdkDriver
 DRIVERS: Final[dict[str, type[FormatDriver]]] = {
     "raw": RawDriver,
     "parallels": ParallelsDriver,
+    "qcow": QcowDriver,
     "qcow2": Qcow2Driver,
+    "qed": QedDriver,
     "raw-cow": RawCowDriver,
     "vdi": VdiDriver,
     "vmdk": VmdkDriver,

@@ -45,6 +45,14 @@ def decode_table(data: ReadBuffer, stored: StoredForm) -> AnyWords:
     return np.frombuffer(data, stored).astype(f"u{stored[2]}")
 
 
+def decode_in_place(data: bytearray, stored: StoredForm) -> AnyWords:
+    """As ``decode_table`` for a large table: the words take the place of what is in ``data``."""
+    native = np.frombuffer(data, f"u{stored[2]}")
+    if not np.dtype(stored).isnative:
+        native.byteswap(inplace=True)
+    return native
+
+
 def sector_runs(sectors: Iterable[int]) -> list[tuple[int, int]]:
     """``[first, end)`` of runs that cover ``sectors``; those less than a page apart share a run.
 

@@ -167,6 +167,13 @@ def test_image_opts() -> None:
     assert image_from_opts("driver=qcow2,file.filename=a,backing=", NO_FLAGS).backing is None
 
 
+def test_a_backing_node_without_a_file_is_the_one_the_header_names() -> None:
+    text = "driver=qcow,file.filename=a,backing.driver=qcow,backing.backing.driver=raw,backing.backing.offset=512"
+    spec = image_from_opts(text, NO_FLAGS)
+    below = ImageSpec("", "raw", read_only=True, offset=512)
+    assert spec.backing == ImageSpec("", "qcow", read_only=True, backing=below)
+
+
 @pytest.mark.parametrize(
     ("tree", "named"),
     [

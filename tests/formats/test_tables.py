@@ -14,6 +14,7 @@ from nbdserve.formats.tables import (
     L2Cache,
     StoredForm,
     Table,
+    decode_in_place,
     decode_table,
     decode_words,
     encode_words,
@@ -62,6 +63,7 @@ def test_words_of_every_stored_form(stored: StoredForm, size: int, byteorder: Li
     table = Table(1 << 20, decode_table(data, stored), stored)
     assert list(table.entries) == [int.from_bytes(data[at : at + size], byteorder) for at in range(0, 4 * size, size)]
     assert table.encode() == data
+    assert decode_in_place(bytearray(data), stored).tolist() == list(table.entries)
     table.store(1, 0x01020304)
     assert table.pieces(table.dirty) == [
         (1 << 20, data[:size] + (0x01020304).to_bytes(size, byteorder) + data[2 * size :])

@@ -1,0 +1,153 @@
+"""The qcow driver, version 1 (QEMU block/qcow.c): two levels of tables, compressed clusters, no flag for zeroes.
+
+The header has no word for the format of the backing file, so ``backing.format`` is always None: the user gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar, Final, Self, cast
+
+import numpy as np
+
+from nbdserve.errors import UnsupportedImageError
+from nbdserve.formats.base import BackingReference, CheckResult, CreateOption, ImageInfo
+from nbdserve.formats.inflate import inflate
+from nbdserve.formats.qcow import layout
+from nbdserve.formats.qcow.check import check_qcow
+from nbdserve.formats.qcow.create import CREATE_OPTIONS, create_qcow, plan_header
+from nbdserve.formats.qcow.layout import Header
+from nbdserve.formats.tables import Table, Words, decode_in_place
+from nbdserve.formats.two_level.driver import TwoLevelDriver
+from nbdserve.formats.two_level.entries import BAD_ENTRY, FLAG, are_data
+from nbdserve.formats.unit_cache import UnitCache
+from nbdserve.storage.base import Storage
+from nbdserve.units import SECTOR_SIZE, align_down, align_up, div_ceil
+
+INFLATE_WINDOW: Final = -12
+"""Raw deflate data with a window of at most 4 KiB."""
+
+
+async def read_header(storage: Storage) -> Header:
+    """The header of the image on ``storage``. ImageError."""
+    data = await storage.read(0, min(layout.HEADER_LENGTH, storage.size))
+    header = Header.parse(data, storage.path, storage.size)
+    if header.backing_offset:
+        header = header.with_backing_name(bytes(await storage.read(header.backing_offset, header.backing_length)))
+    return header
+
+
+class QcowDriver(TwoLevelDriver):
+    """One open qcow image."""
+
+    name = "qcow"
+    create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
+    declares_backing_format = False
+    stored = ">u8"
+
+    def __init__(self, storage: Storage, header: Header, l1: Table, options: Mapping[str, Any]) -> None:
+        super().__init__(storage, header.geometry, l1, options)
+        self.header = header
+        self._units = UnitCache(storage)
+        if header.backing_name is not None:
+            self.backing = BackingReference(header.backing_name, None)
+            self.has_backing = True
+        self.zeroes_fast = not self.has_backing
+
+    # --- opening and making ------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
+        """Open the image."""
+        header = await read_header(storage)
+        if header.crypt_method != layout.CRYPT_NONE:
+            raise UnsupportedImageError(storage.path, "AES encryption", field="crypt_method", value=header.crypt_method)
+        stored = await storage.read(header.l1_table_offset, header.l1_entries * 8)
+        l1 = Table(header.l1_table_offset, decode_in_place(stored, cls.stored), cls.stored)
+        driver = cls(storage, header, l1, options)
+        if not read_only:
+            await driver._open_writable()
+        return driver
+
+    @classmethod
+    def validate_create(cls, size: int, options: Mapping[str, str]) -> None:
+        """ConfigError for a bad option, and for a disk of 0 bytes or one that is too large."""
+        cls.check_option_names(options)
+        plan_header(size, options)
+
+    @classmethod
+    def created_size(cls, size: int, options: Mapping[str, str]) -> int:
+        """Whole sectors."""
+        return align_up(size, SECTOR_SIZE)
+
+    @classmethod
+    async def create(cls, storage: Storage, size: int, options: Mapping[str, str], **resources: Any) -> None:
+        """Make ``storage`` an empty image of ``size`` bytes."""
+        await create_qcow(storage, size, options)
+
+    # --- facts -------------------------------------------------------------------------------------------------------
+
+    def info(self) -> ImageInfo:
+        """The facts of this layer."""
+        return ImageInfo(
+            format=self.name,
+            virtual_size=self.size,
+            cluster_size=self.cluster_size,
+            backing=self.backing,
+            encrypted=self.header.crypt_method != layout.CRYPT_NONE,
+        )
+
+    async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
+        """Follow every entry. What was written before is flushed first; after a repair, open the image anew."""
+        if not self.read_only:
+            await self._commit.settle()
+            if repair_leaks or repair_errors:
+                self._stop_writing(f"{self.path}: repaired since it was opened, open it anew")
+        return await check_qcow(
+            self.storage, await read_header(self.storage), repair_leaks=repair_leaks, repair_errors=repair_errors
+        )
+
+    # --- the mapping -------------------------------------------------------------------------------------------------
+
+    def _valid(self, words: Words) -> Words:
+        """0, the places of data clusters, and compressed clusters inside the file are valid."""
+        bits = np.uint64(63 - self._bits)
+        start = words & np.uint64((1 << 63 - self._bits) - 1)
+        length = words >> bits & np.uint64(self._cluster_mask)
+        inside = (start + length <= self.storage.size) & (start >= layout.HEADER_LENGTH) & (length > 0)
+        valid = np.where(words >= np.uint64(FLAG), inside, self._is_place(words))
+        return np.where(valid | (words == 0), words, np.uint64(BAD_ENTRY))
+
+    async def read_compressed(self, offset: int) -> tuple[int, bytes]:
+        """The compressed cluster that contains ``offset``."""
+        while (table := self.cache.find(offset >> self._slice_shift)) is None:
+            await self.load(offset)
+        entry = table.entries[(offset >> self._bits) & self._slice_mask]
+        host_offset, length = self.geometry.compressed_range(entry)
+        decompress = partial(inflate, size=self.cluster_size, window_bits=INFLATE_WINDOW)
+        return align_down(offset, self.cluster_size), await self._units.read(entry, host_offset, length, decompress)
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> int | None:
+        """Without a backing file entries of 0 read as zeroes; data clusters are left to be zeroed where they are.
+
+        With one there is no entry that says so, and zeroes are written.
+        """
+        if self.has_backing:
+            return 0
+        l1_index = offset >> self._l1_shift
+        if not self.l1.entries[l1_index]:
+            return min(length, (l1_index + 1 << self._l1_shift) - offset)
+        table = self._writable_slice(offset)
+        if table is None:
+            return None
+        first = (offset >> self._bits) & self._slice_mask
+        end = min(first + div_ceil(length, self.cluster_size), self._slice_entries)
+        words = cast("Words", table.words[first:end])
+        data = are_data(words)
+        count = int(data.argmax()) if data.any() else len(data)
+        packed = np.flatnonzero(words[:count])
+        if len(packed):
+            words[packed] = 0
+            table.touch(first + int(packed[0]), first + int(packed[-1]) + 1)
+        return min(length, count << self._bits)

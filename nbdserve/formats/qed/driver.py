@@ -1,0 +1,214 @@
+"""The QED driver (QEMU docs/interop/qed_spec.rst): two levels of tables and clusters that read as zeroes.
+
+**need_check.** Every cluster that no entry refers to is a leak, so the header says ``need check`` from before the first
+change of the mapping until the image is closed. An image that says so is checked, and repaired, when it is next opened
+to be written.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Final, Self, cast
+
+import numpy as np
+
+from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestError
+from nbdserve.extents import UNALLOCATED
+from nbdserve.formats.base import BackingReference, CheckResult, CreateOption, ImageInfo
+from nbdserve.formats.qed import layout
+from nbdserve.formats.qed.check import check_qed
+from nbdserve.formats.qed.create import CREATE_OPTIONS, create_qed, parse_options, plan_header
+from nbdserve.formats.qed.layout import Header
+from nbdserve.formats.tables import L2Table, Table, Words, decode_table
+from nbdserve.formats.two_level.driver import TwoLevelDriver
+from nbdserve.formats.two_level.entries import BAD_ENTRY, ZERO_ENTRY, are_data
+from nbdserve.storage.base import Storage
+from nbdserve.units import MIB, SECTOR_SIZE, align_up, div_ceil
+
+MAX_MOVED_AT_OPEN: Final = 64 * MIB
+"""What closing gaps may copy when an image is opened that was not closed."""
+
+
+async def read_header(storage: Storage) -> tuple[Header, bytes]:
+    """The header of the image on ``storage``, and its first sector as stored. ImageError."""
+    sector = bytes(await storage.read(0, min(SECTOR_SIZE, storage.size)))
+    header = Header.parse(sector, storage.path, storage.size)
+    place = layout.backing_name_range(sector, header, storage.path)
+    if place is not None:
+        header = header.with_backing_name(bytes(await storage.read(*place)))
+    return header, sector
+
+
+class QedDriver(TwoLevelDriver):
+    """One open QED image."""
+
+    name = "qed"
+    create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
+    declares_backing_format = False
+    stored = "<u8"
+
+    def __init__(self, storage: Storage, header: Header, sector: bytes, l1: Table, options: Mapping[str, Any]) -> None:
+        super().__init__(storage, header.geometry, l1, options)
+        self.header = header
+        self._sector = bytearray(sector)
+        self.zeroes_fast = True
+        if header.backing_name is not None:
+            self.backing = BackingReference(header.backing_name, header.backing_format)
+            self.has_backing = True
+
+    # --- opening and closing -----------------------------------------------------------------------------------------
+
+    @classmethod
+    async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
+        """Open the image. One that was not closed by its last writer is repaired first, unless ``read_only``."""
+        header, sector = await read_header(storage)
+        if not read_only and storage.read_only:
+            raise ImageError(storage.path, "the file is open read-only")
+        if not read_only and header.features & layout.FEATURE_NEED_CHECK:
+            result = await check_qed(
+                storage, header, sector, repair_leaks=True, repair_errors=True, most_moved=MAX_MOVED_AT_OPEN
+            )
+            if result.corruptions or result.check_errors:
+                raise CorruptImageError(
+                    storage.path,
+                    f"not closed cleanly, and {result.corruptions + result.check_errors} errors remain",
+                    hint="it can be read; image check -r all",
+                )
+            header, sector = await read_header(storage)
+        stored = await storage.read(header.l1_table_offset, header.l1_used * 8)
+        l1 = Table(header.l1_table_offset, decode_table(stored, cls.stored), cls.stored)
+        driver = cls(storage, header, sector, l1, options)
+        if not read_only:
+            await driver._open_writable()
+            if header.autoclear_features:
+                # What the bits stand for is not known, so it is not kept up to date.
+                await driver._patch(layout.AUTOCLEAR_AT, 0)
+        return driver
+
+    async def _before_first_change(self) -> None:
+        """Set ``need check``. Stable before anything is taken at the end of the file.
+
+        Crash before: nothing has changed. After: whoever opens the image to write it looks for leaks first.
+        """
+        await self._patch(layout.FEATURES_AT, self.header.features | layout.FEATURE_NEED_CHECK)
+
+    async def _after_last_change(self) -> None:
+        """Clear ``need check``: every table is stable, and the file ends with its last cluster in use."""
+        await self._patch(layout.FEATURES_AT, self.header.features & ~layout.FEATURE_NEED_CHECK)
+
+    async def _patch(self, at: int, value: int) -> None:
+        """Change 8 bytes of the first sector, which a disk does not tear. Stable on return."""
+        self._sector[at : at + 8] = value.to_bytes(8, "little")
+        await self.storage.write_stable([(0, bytes(self._sector))])
+
+    # --- making one --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def validate_create(cls, size: int, options: Mapping[str, str]) -> None:
+        """ConfigError for a bad option, and for a disk that is too large for the tables."""
+        cls.check_option_names(options)
+        plan_header(size, parse_options(options))
+
+    @classmethod
+    def created_size(cls, size: int, options: Mapping[str, str]) -> int:
+        """Whole sectors."""
+        return align_up(size, SECTOR_SIZE)
+
+    @classmethod
+    async def create(cls, storage: Storage, size: int, options: Mapping[str, str], **resources: Any) -> None:
+        """Make ``storage`` an empty image of ``size`` bytes."""
+        await create_qed(storage, size, options)
+
+    # --- facts -------------------------------------------------------------------------------------------------------
+
+    def info(self) -> ImageInfo:
+        """The facts of this layer."""
+        return ImageInfo(
+            format=self.name,
+            virtual_size=self.size,
+            cluster_size=self.cluster_size,
+            backing=self.backing,
+            dirty=bool(self._sector[layout.FEATURES_AT] & layout.FEATURE_NEED_CHECK),
+        )
+
+    async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
+        """Follow every entry. What was written before is flushed first; after a repair, open the image anew."""
+        if not self.read_only:
+            await self._commit.settle()
+            if repair_leaks or repair_errors:
+                self._stop_writing(f"{self.path}: repaired since it was opened, open it anew")
+        header, sector = await read_header(self.storage)
+        return await check_qed(
+            self.storage,
+            header,
+            sector,
+            repair_leaks=repair_leaks,
+            repair_errors=repair_errors,
+            open_end=None if self.read_only else self._space.end,
+        )
+
+    # --- the mapping -------------------------------------------------------------------------------------------------
+
+    def _valid(self, words: Words) -> Words:
+        """0, ZERO_ENTRY and the places of data clusters are valid."""
+        checked = np.where(self._is_place(words), words, np.uint64(BAD_ENTRY))
+        special = words <= ZERO_ENTRY
+        checked[special] = words[special]
+        return checked
+
+    def zero(self, offset: int, length: int, *, unmap: bool) -> int | None:
+        """Make entries ZERO_ENTRY where there is no data cluster. Data clusters are left to be zeroed where they are.
+
+        To unmap one would leave a cluster that no entry refers to.
+        """
+        l1_index = offset >> self._l1_shift
+        if not self.has_backing and not self.l1.entries[l1_index]:
+            return min(length, (l1_index + 1 << self._l1_shift) - offset)
+        table = self._slice_to_zero(offset)
+        if table is None:
+            return None
+        first = (offset >> self._bits) & self._slice_mask
+        end = min(first + div_ceil(length, self.cluster_size), self._slice_entries)
+        words = cast("Words", table.words[first:end])
+        data = are_data(words)
+        if self.has_backing:
+            absent = np.flatnonzero(words == 0)
+            if len(absent):
+                words[absent] = ZERO_ENTRY
+                table.touch(first + int(absent[0]), first + int(absent[-1]) + 1)
+        count = int(data.argmax()) if data.any() else len(data)
+        return min(length, count << self._bits)
+
+    def _slice_to_zero(self, offset: int) -> L2Table | None:
+        if self.has_backing:
+            return self._writable_slice(offset)
+        if self._stopped or offset >> self._slice_shift in self._suspect:
+            raise RequestError(errno.EIO, self._stopped or f"{self.path}: the L2 table for {offset:#x} is corrupt")
+        return self.cache.find(offset >> self._slice_shift)
+
+    async def resize(self, size: int) -> None:
+        """Grow the disk; the tables have their full size from the start, so that only the header changes.
+
+        ConfigError for a size that is smaller, no multiple of 512 or too large for the tables, and for an image with a
+        backing file, which could show in the new part. CorruptImageError when entries past the end are in use.
+        """
+        header = replace(self.header, image_size=size)
+        if size < self.size or size % SECTOR_SIZE or size > header.max_image_size:
+            raise ConfigError(
+                f"{self.path}: {size} bytes: must be a multiple of 512 from {self.size} to {header.max_image_size}"
+            )
+        if self.has_backing:
+            raise ConfigError(
+                f"{self.path}: a QED image with a backing file cannot grow: that could show in the new part"
+            )
+        await self._commit.settle()
+        stored = await self.storage.read(header.l1_table_offset, header.l1_used * 8)
+        l1 = Table(header.l1_table_offset, decode_table(stored, self.stored), self.stored)
+        covered = self.header.l1_used << self._l1_shift
+        beyond = [runs async for runs in self.iter_runs(align_up(self.size, self.cluster_size), covered)]
+        if l1.words[self.header.l1_used :].any() or any((runs.kind != UNALLOCATED).any() for runs in beyond):
+            raise CorruptImageError(self.path, "entries past the end are in use", field="image_size", value=self.size)
+        await self._patch(layout.IMAGE_SIZE_AT, size)
+        self.header, self.geometry, self.l1, self.size = header, header.geometry, l1, size

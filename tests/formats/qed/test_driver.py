@@ -1,0 +1,290 @@
+"""QED: need_check, clusters that read as zeroes, growing, and what QEMU says of the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+
+import pytest
+
+from nbdserve.block.node import Node
+from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestError
+from nbdserve.extents import DATA, UNALLOCATED, ZERO
+from nbdserve.formats.base import BackingReference
+from nbdserve.formats.qed import layout
+from nbdserve.formats.qed.driver import QedDriver, read_header
+from nbdserve.formats.raw import RawDriver
+from nbdserve.units import KIB, MIB
+from tests.support import images
+from tests.support.recording import ByteStorage
+
+CLUSTER = 4 * KIB
+SIZE = 4 * MIB
+OPTIONS = {"cluster_size": "4k", "table_size": "2"}
+
+
+async def made(size: int = SIZE, **options: str) -> ByteStorage:
+    storage = ByteStorage(path="x.qed")
+    await QedDriver.create(storage, size, OPTIONS | options)
+    return storage
+
+
+async def opened(storage: ByteStorage, *, base: bytes | None = None, read_only: bool = False) -> Node:
+    layers = [await QedDriver.open(storage, {"has_backing": base is not None}, read_only=read_only)]
+    if base is None:
+        return Node(layers, unmap=True)
+    raw = await RawDriver.open(ByteStorage(base, read_only=True), {}, read_only=True)
+    return Node([*layers, raw], unmap=True)
+
+
+def features(storage: ByteStorage) -> int:
+    return int.from_bytes(storage.content[16:24], "little")
+
+
+# --- need_check ------------------------------------------------------------------------------------------------------
+
+
+async def test_need_check_is_set_before_the_first_allocation_and_cleared_at_close() -> None:
+    storage = await made()
+    node = await opened(storage)
+    assert features(storage) == 0
+    assert not node.top.info().dirty
+    await node.write(0, b"x")
+    assert features(storage) == layout.FEATURE_NEED_CHECK
+    assert node.top.info().dirty
+    await node.flush()
+    assert features(storage) == layout.FEATURE_NEED_CHECK
+    await node.close()
+    assert features(storage) == 0
+
+
+async def test_writing_in_place_does_not_need_a_check() -> None:
+    storage = await made()
+    node = await opened(storage)
+    await node.write(0, b"x")
+    await node.close()
+    node = await opened(storage)
+    await node.write(10, b"y")
+    await node.flush()
+    assert features(storage) == 0
+    await node.close()
+
+
+async def unclosed(*, leaks: int = 0, size: int = SIZE) -> ByteStorage:
+    """An image whose writer vanished after a flush, with so many clusters that nothing refers to."""
+    storage = await made(size)
+    node = await opened(storage)
+    await node.write(0, b"a" * CLUSTER)
+    await node.write(1 << 20, b"b" * CLUSTER)
+    await node.flush()
+    driver = node.top
+    for number in range(leaks):
+        assert driver.allocate((2 << 20) + number * CLUSTER, CLUSTER) is not None
+    await node.write(3 << 20, b"c" * CLUSTER)
+    await node.flush()
+    return ByteStorage(storage.content, path="x.qed")
+
+
+async def test_an_image_that_was_not_closed_is_checked_when_it_is_opened_to_be_written() -> None:
+    storage = await unclosed(leaks=3)
+    assert features(storage) == layout.FEATURE_NEED_CHECK
+    assert (await (await opened(storage, read_only=True)).top.check()).leaks > 3
+    node = await opened(storage)
+    assert features(storage) == 0
+    result = await node.top.check()
+    assert (result.leaks, result.corruptions) == (0, 0)
+    assert await node.read(1 << 20, CLUSTER) == b"b" * CLUSTER
+    assert await node.read(3 << 20, CLUSTER) == b"c" * CLUSTER
+    await node.close()
+
+
+async def test_reading_an_image_that_was_not_closed_changes_nothing() -> None:
+    storage = await unclosed()
+    before = bytes(storage.content)
+    node = await opened(storage, read_only=True)
+    assert node.top.info().dirty
+    assert await node.read(0, CLUSTER) == b"a" * CLUSTER
+    await node.close()
+    assert storage.content == before
+
+
+async def test_an_image_that_cannot_be_repaired_is_not_written() -> None:
+    storage = await unclosed(size=2 * SIZE)
+    header, _ = await read_header(storage)
+    at = header.l1_table_offset
+    storage.content[at + 8 : at + 16] = storage.content[at : at + 8]  # one L2 table twice
+    with pytest.raises(CorruptImageError, match="errors remain"):
+        await opened(storage)
+    assert features(storage) == layout.FEATURE_NEED_CHECK
+    assert await (await opened(storage, read_only=True)).read(0, 1) == b"a"
+
+
+@images.needs_qemu
+async def test_qemu_opens_what_was_not_closed(tmp_path: Path) -> None:
+    path = tmp_path / "x.qed"
+    path.write_bytes((await unclosed()).content)
+    images.qemu_io(path, "qed", [f"read -P 0x61 0 {CLUSTER}", f"write -P 1 2M {CLUSTER}"])
+    node = await opened(ByteStorage(path.read_bytes()))
+    assert await node.read(2 << 20, CLUSTER) == b"\1" * CLUSTER
+    assert await node.read(0, CLUSTER) == b"a" * CLUSTER
+
+
+async def test_unknown_autoclear_features_are_cleared_by_a_writer_only() -> None:
+    storage = await made()
+    storage.content[32:40] = (1 << 40).to_bytes(8, "little")
+    await (await opened(storage, read_only=True)).close()
+    assert storage.content[32:40] != bytes(8)
+    await (await opened(storage)).close()
+    assert storage.content[32:40] == bytes(8)
+
+
+# --- zeroes ----------------------------------------------------------------------------------------------------------
+
+
+async def test_zeroing_over_a_backing_file_makes_zero_clusters() -> None:
+    base = b"\xbb" * SIZE
+    storage = await made(backing_file="base", backing_fmt="raw")
+    node = await opened(storage, base=base)
+    size = storage.size
+    await node.zero(CLUSTER, 10 * CLUSTER)
+    assert node.top.lookup(CLUSTER, 20 * CLUSTER) == (ZERO, 10 * CLUSTER, -1)
+    assert await node.read(0, 12 * CLUSTER) == base[:CLUSTER] + bytes(10 * CLUSTER) + base[:CLUSTER]
+    await node.close()
+    assert storage.size == size + 2 * CLUSTER  # one L2 table
+
+
+async def test_zeroing_data_leaks_nothing() -> None:
+    base = b"\xbb" * SIZE
+    storage = await made(backing_file="base", backing_fmt="raw")
+    node = await opened(storage, base=base)
+    await node.write(2 * CLUSTER, b"d" * 3 * CLUSTER)
+    await node.zero(0, 8 * CLUSTER, unmap=True)
+    assert await node.read(0, 8 * CLUSTER) == bytes(8 * CLUSTER)
+    runs = [node.top.lookup(number * CLUSTER, CLUSTER) for number in range(8)]
+    assert [run[0] for run in runs if run] == [ZERO, ZERO, DATA, DATA, DATA, ZERO, ZERO, ZERO]
+    await node.discard(0, 8 * CLUSTER)
+    await node.close()
+    result = await (await opened(storage, read_only=True)).top.check()
+    assert (result.leaks, result.corruptions) == (0, 0)
+
+
+async def test_without_a_backing_file_zeroing_needs_nothing() -> None:
+    storage = await made()
+    before = bytes(storage.content)
+    node = await opened(storage)
+    await node.zero(0, SIZE)
+    assert node.top.lookup(0, SIZE) == (UNALLOCATED, min(SIZE, 1024 * CLUSTER), -1)
+    await node.close()
+    assert storage.content == before
+
+
+async def test_zeroing_what_is_corrupt_is_an_error() -> None:
+    for base in (None, b"\xbb" * SIZE):
+        storage = await made(**({} if base is None else {"backing_file": "base", "backing_fmt": "raw"}))
+        node = await opened(storage, base=base)
+        await node.write(0, b"x" * CLUSTER)
+        l2_offset = node.top.slice_offset(0)  # type: ignore[attr-defined]
+        await node.close()
+        storage.content[l2_offset + 8 : l2_offset + 16] = (12345).to_bytes(8, "little")
+        node = await opened(storage, base=base)
+        with pytest.raises(RequestError, match="corrupt"):
+            await node.zero(0, 4 * CLUSTER)
+
+
+# --- size ------------------------------------------------------------------------------------------------------------
+
+
+@images.needs_qemu
+async def test_growing(tmp_path: Path) -> None:
+    storage = await made(MIB + 512)
+    node = await opened(storage)
+    await node.write(MIB, b"x" * 512)
+    driver = node.top
+    await driver.resize(SIZE)
+    assert driver.size == SIZE
+    node = Node([driver])
+    assert await node.read(MIB, 8192) == b"x" * 512 + bytes(7680)
+    await node.write(SIZE - 512, b"y" * 512)
+    await node.close()
+    path = tmp_path / "x.qed"
+    path.write_bytes(storage.content)
+    images.check(path, "qed")
+    expected = bytearray(SIZE)
+    expected[MIB : MIB + 512], expected[-512:] = b"x" * 512, b"y" * 512
+    assert images.raw_content(path, "qed", tmp_path) == expected
+
+
+async def test_sizes_it_cannot_have() -> None:
+    driver = (await opened(await made(MIB))).top
+    for size in (MIB - 512, MIB + 1, (1 << 63) - 512):
+        with pytest.raises(ConfigError, match="multiple of 512 from"):
+            await driver.resize(size)
+    below = (await opened(await made(MIB, backing_file="b", backing_fmt="raw"), base=b"")).top
+    with pytest.raises(ConfigError, match="backing file"):
+        await below.resize(2 * MIB)
+
+
+async def test_growing_over_entries_in_use_is_refused() -> None:
+    storage = await made(SIZE)
+    node = await opened(storage)
+    await node.write(SIZE - CLUSTER, b"x" * CLUSTER)
+    await node.close()
+    storage.content[layout.IMAGE_SIZE_AT : layout.IMAGE_SIZE_AT + 8] = MIB.to_bytes(8, "little")
+    driver = (await opened(storage)).top
+    with pytest.raises(CorruptImageError, match="past the end"):
+        await driver.resize(SIZE)
+
+
+# --- facts, and QEMU -------------------------------------------------------------------------------------------------
+
+
+async def test_the_backing_file_is_declared_raw_or_not_at_all() -> None:
+    raw = (await opened(await made(backing_file="b", backing_fmt="raw"), read_only=True)).top
+    assert raw.backing == BackingReference("b", "raw")
+    other = (await opened(await made(backing_file="b", backing_fmt="qcow2"), read_only=True)).top
+    assert other.backing == BackingReference("b", None)
+    assert not other.declares_backing_format
+
+
+async def test_a_file_that_is_open_read_only() -> None:
+    storage = await unclosed()
+    storage.read_only = True
+    with pytest.raises(ImageError, match="open read-only"):
+        await opened(storage)
+
+
+@images.needs_qemu
+@pytest.mark.parametrize("options", ["cluster_size=4k,table_size=2", "table_size=16", "cluster_size=2M,table_size=2"])
+async def test_in_turns_with_qemu_io(tmp_path: Path, options: str) -> None:
+    path = tmp_path / "x.qed"
+    size = 20 * MIB + 512
+    images.create(path, size, fmt="qed", options=options)
+    rng = random.Random(options)
+    content = bytearray(size)
+    for _ in range(3):
+        images.qemu_io(path, "qed", images.random_qemu_io(rng, size, 15, content))
+        storage = ByteStorage(path.read_bytes())
+        node = await opened(storage)
+        assert await node.read(0, size) == content
+        for _ in range(30):
+            offset = rng.randrange(size)
+            data = rng.randbytes(min(size - offset, rng.choice((1, 4096, 100_000))))
+            await node.write(offset, data)
+            content[offset : offset + len(data)] = data
+        await node.close()
+        path.write_bytes(storage.content)
+        images.check(path, "qed")
+        assert images.raw_content(path, "qed", tmp_path) == content
+
+
+async def test_the_header_s_sector_is_all_that_patches_touch() -> None:
+    storage = await made()
+    storage.content[100:512] = b"\x5a" * 412
+    header, sector = await read_header(storage)
+    assert dataclasses.replace(header) == header
+    assert len(sector) == 512
+    node = await opened(storage)
+    await node.write(0, b"x")
+    await node.close()
+    assert storage.content[100:512] == b"\x5a" * 412
