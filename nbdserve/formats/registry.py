@@ -15,6 +15,7 @@ from nbdserve.formats.raw_cow.driver import RawCowDriver
 from nbdserve.formats.vdi.driver import VdiDriver
 from nbdserve.formats.vhdx.driver import VhdxDriver
 from nbdserve.formats.vmdk.driver import VmdkDriver
+from nbdserve.formats.vpc.driver import VpcDriver
 
 DRIVERS: Final[dict[str, type[FormatDriver]]] = {
     "raw": RawDriver,
@@ -26,6 +27,7 @@ DRIVERS: Final[dict[str, type[FormatDriver]]] = {
     "vdi": VdiDriver,
     "vmdk": VmdkDriver,
     "vhdx": VhdxDriver,
+    "vpc": VpcDriver,
 }
 """By QEMU's format names."""
 
