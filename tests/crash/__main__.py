@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from tests.crash.scenario import CrashFailure, Plan, Tally, run_scenario
-from tests.support.geometries import CRASH_GEOMETRIES, Geometry
+from tests.support.geometries import CRASH_GEOMETRIES, KITS, Geometry
 from tests.support.workload import Mix
 
 
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.crash", description=__doc__)
-    parser.add_argument("--format", default="all", choices=("all", "raw", "qcow2"))
+    parser.add_argument("--format", default="all", choices=("all", *KITS))
     parser.add_argument("--geometry", action="append", help="only this one (may be given again)")
     parser.add_argument("--states", type=int, default=20000)
     parser.add_argument("--states-per-run", type=int, default=800)

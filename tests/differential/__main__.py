@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 from tests.differential.rounds import run_round
-from tests.support.geometries import DIFFERENTIAL_GEOMETRIES
+from tests.support.geometries import DIFFERENTIAL_GEOMETRIES, KITS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,12 +18,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.differential", description=__doc__)
     parser.add_argument("--rounds", type=int, default=int(os.environ.get("NBDSERVE_ROUNDS", "100")))
     parser.add_argument("--ops", type=int, default=int(os.environ.get("NBDSERVE_OPS", "2000")))
+    parser.add_argument("--format", default="all", choices=("all", *KITS))
     parser.add_argument("--geometry", action="append", help="only this one (may be given again)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--keep", type=Path, help="a directory for failing images")
     options = parser.parse_args(arguments)
-    chosen = [g for g in DIFFERENTIAL_GEOMETRIES if not options.geometry or g.name in options.geometry]
+    chosen = [
+        geometry
+        for geometry in DIFFERENTIAL_GEOMETRIES
+        if options.format in ("all", geometry.fmt) and (not options.geometry or geometry.name in options.geometry)
+    ]
+    if not chosen:
+        print(f"no such geometry; there are: {', '.join(g.name for g in DIFFERENTIAL_GEOMETRIES)}", file=sys.stderr)
+        return 2
     started, failures = time.monotonic(), 0
     with ProcessPoolExecutor(options.jobs) as pool:
         rounds = {}

@@ -38,7 +38,7 @@ async def test_no_stale_or_foreign_data_over_many_connections(name: str, tmp_pat
         listener.listen()
         await server.listen(listener)
         disk = await Connections.connect(path, 4)
-        model = ModelDisk(image.geometry.size, image.guest)
+        model = ModelDisk(image.size, image.guest)
         workload = Workload(disk, model, random.Random(SEED), mix=Mix(in_flight=16))
         try:
             await workload.run(OPERATIONS)

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,63 @@ def run(
     return done.stdout
 
 
+@dataclass(frozen=True)
+class Stock:
+    """An image as QEMU's tools are told of it, a passphrase included."""
+
+    path: Path
+    fmt: str
+    encryption: str = ""
+    """``luks`` or ``aes``: how the guest's data is encrypted inside the format."""
+    secret: bytes = b""
+
+    @property
+    def objects(self) -> list[str]:
+        """The passphrase, under the id ``s``."""
+        return ["--object", f"secret,id=s,data={self.secret.decode()}"] if self.secret else []
+
+    @property
+    def arguments(self) -> list[str | Path]:
+        """The image, for a command that takes one."""
+        if not self.secret:
+            return ["-f", self.fmt, self.path]
+        key = f"encrypt.format={self.encryption},encrypt.key-secret=s" if self.encryption else "key-secret=s"
+        return [*self.objects, "--image-opts", f"driver={self.fmt},{key},file.driver=file,file.filename={self.path}"]
+
+    def check(self, *, codes: Iterable[int] = (0,)) -> None:
+        """``qemu-img check``, ending with one of ``codes``."""
+        run("qemu-img", "check", *self.arguments, codes=codes, cwd=self.path.parent)
+
+    def repair(self) -> None:
+        """``qemu-img check -r all``."""
+        run("qemu-img", "check", "-q", "-r", "all", *self.arguments, cwd=self.path.parent)
+
+    def raw_content(self, scratch: Path) -> bytes:
+        """What the guest sees, read by qemu-img."""
+        target = scratch / "converted.raw"
+        run("qemu-img", "convert", "-O", "raw", *self.arguments, target, cwd=self.path.parent)
+        content = target.read_bytes()
+        target.unlink()
+        return content
+
+    def compare(self, raw: Path) -> None:
+        """``qemu-img compare`` with a raw file."""
+        command: list[str | Path] = ["qemu-img", "compare"]
+        if self.secret:
+            run(*command, *self.arguments, f"driver=raw,file.driver=file,file.filename={raw}", cwd=self.path.parent)
+        else:
+            run(*command, "-f", self.fmt, "-F", "raw", self.path, raw, cwd=self.path.parent)
+
+    def qemu_io(self, commands: Sequence[str], *, timeout: float = 120) -> str:
+        """Run commands in one qemu-io (write-back cache); a command that fails or does not verify is an error."""
+        script = "\n".join([*commands, "quit"]) + "\n"
+        mode = ["-t", "writeback", "-d", "unmap"]
+        out = run("qemu-io", *mode, *self.arguments, stdin=script, timeout=timeout, cwd=self.path.parent)
+        if "failed" in out.lower() or "error" in out.lower() or "invalid" in out.lower():
+            raise ToolError(f"qemu-io {self.path}:\n{out[-3000:]}")
+        return out
+
+
 def create(
     path: Path,
     size: int | None,
@@ -56,9 +114,10 @@ def create(
     fmt: str = "qcow2",
     options: str = "",
     backing: tuple[str | Path, str] | None = None,
+    objects: Sequence[str] = (),
 ) -> None:
-    """``qemu-img create``; ``backing`` is (file, format)."""
-    command: list[str | Path] = ["qemu-img", "create", "-q", "-f", fmt]
+    """``qemu-img create``; ``backing`` is (file, format), ``objects`` are further arguments."""
+    command: list[str | Path] = ["qemu-img", "create", "-q", *objects, "-f", fmt]
     if options:
         command += ["-o", options]
     if backing is not None:
@@ -94,11 +153,7 @@ def convert(source: Path, fmt: str, target: Path, target_fmt: str, *extra: str) 
 
 def raw_content(source: Path, fmt: str, scratch: Path) -> bytes:
     """What the guest sees of an image, read by qemu-img."""
-    target = scratch / "converted.raw"
-    convert(source, fmt, target, "raw")
-    content = target.read_bytes()
-    target.unlink()
-    return content
+    return Stock(source, fmt).raw_content(scratch)
 
 
 def info(path: Path, fmt: str | None = None) -> dict[str, Any]:
@@ -111,13 +166,7 @@ def info(path: Path, fmt: str | None = None) -> dict[str, Any]:
 
 def qemu_io(path: Path, fmt: str, commands: Sequence[str], *, timeout: float = 120) -> str:
     """Run commands in one qemu-io (write-back cache); a command that fails or does not verify is an error."""
-    script = "\n".join([*commands, "quit"]) + "\n"
-    out = run(
-        "qemu-io", "-t", "writeback", "-d", "unmap", "-f", fmt, path, stdin=script, timeout=timeout, cwd=path.parent
-    )
-    if "failed" in out.lower() or "error" in out.lower() or "invalid" in out.lower():
-        raise ToolError(f"qemu-io {path}:\n{out[-3000:]}")
-    return out
+    return Stock(path, fmt).qemu_io(commands, timeout=timeout)
 
 
 def random_qemu_io(rng: random.Random, size: int, count: int, content: bytearray, *, unit: int = 512) -> list[str]:
