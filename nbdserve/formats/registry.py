@@ -6,6 +6,9 @@ from typing import Final
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
+from nbdserve.formats.bochs import BochsDriver
+from nbdserve.formats.cloop import CloopDriver
+from nbdserve.formats.dmg.driver import DmgDriver
 from nbdserve.formats.parallels.driver import ParallelsDriver
 from nbdserve.formats.qcow.driver import QcowDriver
 from nbdserve.formats.qcow2.driver import Qcow2Driver
@@ -24,6 +27,9 @@ DRIVERS: Final[dict[str, type[FormatDriver]]] = {
     "qcow2": Qcow2Driver,
     "qed": QedDriver,
     "raw-cow": RawCowDriver,
+    "cloop": CloopDriver,
+    "bochs": BochsDriver,
+    "dmg": DmgDriver,
     "vdi": VdiDriver,
     "vmdk": VmdkDriver,
     "vhdx": VhdxDriver,
