@@ -16,7 +16,7 @@ from nbdserve.block.window import NodeStorage
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.probe import probe
-from nbdserve.formats.registry import driver_for
+from nbdserve.formats.registry import DRIVERS, driver_for
 from nbdserve.storage.base import Storage
 from nbdserve.storage.file import FileStorage
 from nbdserve.storage.roots import ImageRoots
@@ -150,7 +150,9 @@ async def _open_named(
     below = spec.backing if isinstance(spec.backing, ImageSpec) else ImageSpec("")
     backing = layer.backing
     if backing is None:
-        raise ImageError(layer.path, "the header names none, and the options give no file for it", field="backing file")
+        raise ImageError(
+            layer.path, "the header names none, and the options give no file for it", field="backing file", value=None
+        )
     format_name = below.format or backing.format
     if format_name is None:
         hint = f"qemu-img rebase -u -F FORMAT -b {backing.name} {layer.path}"
@@ -165,6 +167,13 @@ async def _open_named(
             field="backing file",
             value=backing.name,
             hint=hint,
+        )
+    if format_name not in DRIVERS and below.format is None:
+        raise ImageError(
+            layer.path,
+            f"there is no such image format, there are {', '.join(sorted(DRIVERS))}",
+            field="backing format",
+            value=format_name,
         )
     fd = _open_beneath(roots, backing.name, layer.path, "backing file", dict.fromkeys(seen, _LOOPS))
     path = str(Path(layer.path).parent / backing.name)

@@ -104,6 +104,13 @@ async def test_a_backing_format_is_never_guessed(tmp_path: Path) -> None:
     assert "rebase -u" in message
 
 
+async def test_a_backing_format_that_does_not_exist_is_the_fault_of_the_image(tmp_path: Path) -> None:
+    _raw(tmp_path / "base.raw", b"b")
+    top = await _make(tmp_path / "top.qcow2", "base.raw", "rawr")
+    message = await _refused(tmp_path, _spec(top))
+    assert message.startswith(f"{top}: backing format = 'rawr': ")
+
+
 async def test_the_user_may_name_the_backing_file_or_detach_it(tmp_path: Path) -> None:
     _raw(tmp_path / "base.raw", b"b")
     top = await _make(tmp_path / "top.qcow2", "gone.raw")

@@ -155,7 +155,11 @@ class Qcow2Image(FormatDriver):
     def _refuse_writing(storage: Storage, header: Header) -> None:
         if header.incompatible & layout.INCOMPATIBLE_CORRUPT:
             raise CorruptImageError(
-                storage.path, "the image is marked corrupt, it can only be read", hint="image check -r all"
+                storage.path,
+                "the image is marked corrupt, it can only be read",
+                field="incompatible_features",
+                value=header.incompatible,
+                hint="image check -r all",
             )
         if storage.read_only:
             raise ImageError(storage.path, "the file is open read-only")
@@ -180,7 +184,11 @@ class Qcow2Image(FormatDriver):
         result = await self.check(repair_leaks=True, repair_errors=True)
         if result.corruptions or result.check_errors:
             raise CorruptImageError(
-                self.path, f"not closed cleanly, and {result.corruptions} errors remain", hint="image check -r all"
+                self.path,
+                f"not closed cleanly, and {result.corruptions} errors remain",
+                field="incompatible_features",
+                value=self.header.incompatible,
+                hint="image check -r all",
             )
         header, sector = await read_header(self.storage)
         value = header.incompatible & ~layout.INCOMPATIBLE_DIRTY

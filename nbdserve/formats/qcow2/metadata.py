@@ -28,15 +28,15 @@ def metadata_clusters(
     """
     bits = header.cluster_bits
     regions = [
-        ("the header", 0, 1),
-        ("the L1 table", header.l1_offset, header.l1_entries * 8),
-        ("the refcount table", header.refcount_table_offset, header.refcount_table_clusters << bits),
-        ("the snapshot table", header.snapshots_offset, snapshot_table_bytes),
-        *((f"the L1 table of snapshot {s.id!r}", s.l1_offset, s.l1_entries * 8) for s in snapshots),
+        ("header", 0, 1),
+        ("L1 table", header.l1_offset, header.l1_entries * 8),
+        ("refcount table", header.refcount_table_offset, header.refcount_table_clusters << bits),
+        ("snapshot table", header.snapshots_offset, snapshot_table_bytes),
+        *((f"L1 table of snapshot {s.id!r}", s.l1_offset, s.l1_entries * 8) for s in snapshots),
     ]
     bitmaps = header.bitmaps
     if bitmaps is not None and header.autoclear & AUTOCLEAR_BITMAPS:
-        regions.append(("the bitmap directory", bitmaps.directory_offset, min(bitmaps.directory_size, 64 << 20)))
+        regions.append(("bitmap directory", bitmaps.directory_offset, min(bitmaps.directory_size, 64 << 20)))
     clusters: set[int] = set()
     for what, offset, length in regions:
         first = offset >> bits
@@ -46,16 +46,19 @@ def metadata_clusters(
         clusters.update(covered)
     blocks = _offsets(refcount_table.words, header.cluster_size)
     own = _offsets(l1.words[l1.words & np.uint64(COPIED) != 0], header.cluster_size)
-    for what, offsets in (("a refcount block", blocks), ("an L2 table", own)):
+    for what, offsets in (("refcount block", blocks), ("L2 table", own)):
         numbers = (offsets >> np.uint64(bits)).tolist()
         before = len(clusters)
         clusters.update(numbers)
         if len(clusters) != before + len(numbers):
-            raise _overlap(path, what)
+            known = clusters.difference(numbers)
+            twice = next((n for i, n in enumerate(numbers) if n in known or n in numbers[:i]), numbers[0])
+            raise _overlap(path, what, twice << bits)
     shared = _offsets(l1.words[l1.words & np.uint64(COPIED) == 0], header.cluster_size)
     numbers = (shared >> np.uint64(bits)).tolist()
-    if not clusters.isdisjoint(numbers):
-        raise _overlap(path, "an L2 table")
+    met = clusters.intersection(numbers)
+    if met:
+        raise _overlap(path, "L2 table", min(met) << bits)
     clusters.update(numbers)
     return clusters
 
@@ -67,6 +70,7 @@ def _offsets(words: Words, cluster_size: int) -> Words:
     return found
 
 
-def _overlap(path: str, what: str, offset: int | None = None) -> CorruptImageError:
-    where = "" if offset is None else f" at {offset:#x}"
-    return CorruptImageError(path, f"{what}{where} overlaps other metadata", hint="it can be read; image check -r all")
+def _overlap(path: str, what: str, offset: int) -> CorruptImageError:
+    return CorruptImageError(
+        path, "it overlaps other metadata", field=what, value=offset, hint="it can be read; image check -r all"
+    )
