@@ -82,7 +82,8 @@ class ImageInfo:
     virtual_size: int
     cluster_size: int | None = None
     backing: BackingReference | None = None
-    dirty: bool = False
+    dirty: bool | None = False
+    """Whoever changed the image last did not close it. None: nothing to be said, and qemu-img has no such line."""
     encrypted: bool = False
     specific: dict[str, Any] = field(default_factory=dict)
     snapshots: list[SnapshotInfo] = field(default_factory=list)

@@ -43,7 +43,7 @@ class Scan:
     allocated: int = 0
     """Words that refer to a unit."""
     fragmented: int = 0
-    """Of these, those not in the unit behind that of the word before."""
+    """Of these, those whose word before refers to a unit too, but not to the one before (QEMU's count)."""
     end: int = 0
     """The unit behind the last one referred to (outside ones not counted)."""
     used: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
@@ -145,17 +145,17 @@ class FlatMap:
         """Look at every word. ``limit``: units the file can have; a word that refers further is *outside*."""
         result = Scan(self.count)
         chunks: list[npt.NDArray[np.uint32]] = []
-        previous = -2
+        previous = -1
         async for first, words in self.words(0, self.count):
             units, placed = units_of(words)
             bad = placed & ((units < 0) | (units >= limit))
             result.outside += (np.flatnonzero(bad)[: MAX_LISTED - len(result.outside)] + first).tolist()
             result.allocated += int(placed.sum())
+            places = np.concatenate(([previous], np.where(placed & ~bad, units, -1)))
+            previous = int(places[-1])
+            result.fragmented += int(((places[1:] >= 0) & (places[:-1] >= 0) & (np.diff(places) != 1)).sum())
             found = units[placed & ~bad]
             if len(found):
-                breaks = int((np.diff(found) != 1).sum()) + (previous >= 0 and int(found[0]) != previous + 1)
-                result.fragmented += breaks
-                previous = int(found[-1])
                 chunks.append(found.astype(np.uint32))
         if chunks:
             everything = np.sort(np.concatenate(chunks))

@@ -71,11 +71,13 @@ async def test_a_commit_takes_the_sectors_that_changed_and_gives_them_back_when_
 
 async def test_scan_counts() -> None:
     found = await _scan([FREE, 3, 4, FREE, 9, 10])
-    assert (found.blocks, found.allocated, found.fragmented, found.end) == (6, 4, 1, 11)
+    assert (found.blocks, found.allocated, found.fragmented, found.end) == (6, 4, 0, 11)
     assert found.used.tolist() == [3, 4, 9, 10]
     assert found.holes() == [(0, 3), (5, 4)]
     assert found.holes(2) == [(2, 1), (5, 4)]
     assert found.duplicates == found.outside == []
+    for words, breaks in (([5, 4, 3], 2), ([1, 2, 4, 5], 1), ([7, FREE, 1], 0)):
+        assert (await _scan(words)).fragmented == breaks
     empty = await _scan([FREE] * 3)
     assert (empty.allocated, empty.end, empty.holes()) == (0, 0, [])
 

@@ -143,8 +143,9 @@ def as_json(layer: Layer) -> dict[str, Any]:
         "filename": layer.path,
         "format": facts.format,
         "actual-size": layer.disk_size,
-        "dirty-flag": facts.dirty,
     }
+    if facts.dirty is not None:
+        result["dirty-flag"] = facts.dirty
     if facts.cluster_size is not None:
         result["cluster-size"] = facts.cluster_size
     if facts.encrypted:

@@ -150,7 +150,8 @@ class ParallelsDriver(FlatImage):
 
     def info(self) -> ImageInfo:
         bitmaps = [{"name": str(bitmap.id), "granularity": bitmap.granularity} for bitmap in self.extension.bitmaps]
-        return ImageInfo(self.name, self.size, specific={"bitmaps": bitmaps} if bitmaps else {})
+        dirty = True if self.header.in_use == IN_USE else None
+        return ImageInfo(self.name, self.size, dirty=dirty, specific={"bitmaps": bitmaps} if bitmaps else {})
 
     def dirty_ranges(self, bitmap: DirtyBitmap) -> AsyncIterator[tuple[int, int]]:
         """``(offset, length)`` of what one of ``extension.bitmaps`` says has changed. CorruptImageError."""

