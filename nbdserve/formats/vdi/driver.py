@@ -53,6 +53,10 @@ class VdiDriver(FlatImage):
 
     name: ClassVar[str] = "vdi"
     create_options: ClassVar[tuple[CreateOption, ...]] = (
+        CreateOption(
+            "backing_file", "File name of the parent: make a differencing image, which does not store the name"
+        ),
+        CreateOption("backing_fmt", "Image format of the parent (vdi)"),
         CreateOption("size", "Virtual disk size"),
         CreateOption("static", "VDI static (pre-allocated) image", "off"),
     )
@@ -171,9 +175,17 @@ class VdiDriver(FlatImage):
         backing: FormatDriver | None = None,
         secret: bytes | None = None,
     ) -> None:
-        """Make ``storage`` an image of ``size`` bytes with fresh UUIDs; a static one has all of its blocks in place."""
+        """Make ``storage`` an image of ``size`` bytes with fresh UUIDs; a static one has all of its blocks in place.
+
+        A differencing image remembers ``backing``, its parent, by its UUIDs.
+        """
         cls.check_option_names(options)
         header = _plan(size, options)
+        if header.differencing:
+            if not isinstance(backing, VdiDriver):
+                raise ConfigError("backing_file: the parent has to be opened, a differencing image holds its UUIDs")
+            of = backing.header
+            header = replace(header, uuid_parent=of.uuid, uuid_parent_modified=of.uuid_modified)
         await storage.truncate(0)
         await storage.truncate(header.data_offset + header.blocks_allocated * header.block_size)
         for first in range(0, header.blocks, PAGE_WORDS):
@@ -184,7 +196,10 @@ class VdiDriver(FlatImage):
         await storage.write_stable([(0, header.build())])
 
     def info(self) -> ImageInfo:
-        return ImageInfo(self.name, self.size, self._block)
+        info = ImageInfo(self.name, self.size, self._block)
+        if self.header.differencing:
+            info.specific = {"uuid": str(self.header.uuid), "parent-uuid": str(self.header.uuid_parent)}
+        return info
 
     # --- what the words of the map mean ----------------------------------------------------------------------------
 
@@ -373,8 +388,14 @@ def _plan(size: int, options: Mapping[str, str]) -> Header:
     static = options.get("static", "off")
     if static not in _SWITCH:
         raise ConfigError(f"static={static}: must be on or off")
+    parent = options.get("backing_file")
+    if parent and _SWITCH[static]:
+        raise ConfigError(f"static={static}: a differencing image is dynamic")
+    if parent and options.get("backing_fmt") != "vdi":
+        raise ConfigError(f"backing_fmt={options.get('backing_fmt')}: the parent of a VDI image is one too (vdi)")
     try:
         header = layout.plan(size, static=_SWITCH[static])
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    return replace(header, uuid=uuid4(), uuid_modified=uuid4())
+    kind = layout.TYPE_DIFFERENCING if parent else header.type
+    return replace(header, type=kind, uuid=uuid4(), uuid_modified=uuid4())

@@ -10,7 +10,6 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from dissect.hypervisor.disk.vdi import VDI
 
 from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestError
 from nbdserve.extents import DATA, UNALLOCATED, ZERO
@@ -23,6 +22,7 @@ from nbdserve.units import MIB, TIB
 from tests.formats import flat
 from tests.formats.flat import open_with
 from tests.support import images
+from tests.support.geometries.vdi import dissected
 
 pytestmark = images.needs_qemu
 PARENT, PARENT_MODIFIED = UUID(int=0x1234), UUID(int=0x5678)
@@ -61,29 +61,6 @@ def _differencing(path: Path, size: int) -> Path:
         uuid_parent_modified=PARENT_MODIFIED,
     )
     return _empty(path, header)
-
-
-class _Blocks:
-    """dissect's stream, read block by block: it takes a longer range to be contiguous in the file."""
-
-    def __init__(self, path: Path, parent: _Blocks | None = None) -> None:
-        self.vdi = VDI(path, parent=parent)  # type: ignore[arg-type]
-        self.stream = self.vdi.open()
-        self.position = 0
-
-    def seek(self, offset: int) -> None:
-        self.position = offset
-
-    def read(self, length: int) -> bytes:
-        self.stream.seek(self.position)
-        return self.stream.read(length)
-
-    def content(self) -> bytes:
-        parts = []
-        for offset in range(0, self.vdi.size, self.vdi.block_size):
-            self.seek(offset)
-            parts.append(self.read(min(self.vdi.block_size, self.vdi.size - offset)))
-        return b"".join(parts)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -188,7 +165,7 @@ async def test_other_block_sizes(tmp_path: Path) -> None:
     model = bytearray(MIB)
     await flat.random_changes(driver, model, 200, seed=1)
     await driver.close()
-    assert _Blocks(path).content() == model
+    assert dissected(path) == model
 
 
 # --- making and writing ----------------------------------------------------------------------------------------------
@@ -204,7 +181,7 @@ async def test_what_is_made_is_good(tmp_path: Path, size: int, static: str) -> N
     assert header.data_offset % MIB == 0
     assert header.type == (2 if static == "on" else 1)
     assert path.stat().st_size == header.data_offset + (header.blocks * MIB if static == "on" else 0)
-    assert _Blocks(path).content() == bytes(size)
+    assert dissected(path) == bytes(size)
 
 
 async def test_making_drops_what_was_there(tmp_path: Path) -> None:
@@ -224,9 +201,18 @@ async def test_two_tebibytes(tmp_path: Path) -> None:
     images.qemu_io(path, "vdi", [f"read -P 0x78 {2 * TIB - 100} 100", f"read -P 0x79 {TIB - 100} 200"])
 
 
-@pytest.mark.parametrize("options", [{"static": "maybe"}, {"block_size": "1M"}, {"backing_file": "x"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"static": "maybe"},
+        {"block_size": "1M"},
+        {"backing_file": "x"},
+        {"backing_file": "x", "backing_fmt": "raw"},
+        {"backing_file": "x", "backing_fmt": "vdi", "static": "on"},
+    ],
+)
 def test_bad_options(options: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=r"static=maybe|block_size|no backing file"):
+    with pytest.raises(ConfigError, match=r"static=|block_size|the parent of a VDI image"):
         VdiDriver.validate_create(MIB, options)
 
 
@@ -384,6 +370,23 @@ async def test_only_the_right_parent_is_accepted(tmp_path: Path) -> None:
     await child.close()
 
 
+async def test_a_differencing_image_is_made_on_its_parent(tmp_path: Path) -> None:
+    base = await flat.make(tmp_path / "base.vdi", 9 * MIB, "vdi")
+    parent = await open_with(VdiDriver, base, read_only=True)
+    options = {"backing_file": "base.vdi", "backing_fmt": "vdi"}
+    storage = MemoryStorage()
+    with pytest.raises(ConfigError, match="the parent has to be opened"):
+        await VdiDriver.create(storage, 9 * MIB, options)
+    assert storage.size == 0
+    await VdiDriver.create(storage, 9 * MIB, options, backing=parent)
+    child = await VdiDriver.open(storage, {"has_backing": True}, read_only=False)
+    child.accept_backing(parent)
+    assert child.header.differencing and child.header.uuid not in (parent.header.uuid, layout.NO_UUID)
+    assert child.info().specific == {"uuid": str(child.header.uuid), "parent-uuid": str(parent.header.uuid)}
+    await child.close()
+    await parent.close()
+
+
 async def test_differencing_images_are_read_as_dissect_reads_them(tmp_path: Path) -> None:
     size = 40 * MIB
     base = await flat.make(tmp_path / "base.vdi", size, "vdi")
@@ -396,7 +399,7 @@ async def test_differencing_images_are_read_as_dissect_reads_them(tmp_path: Path
         await flat.random_changes(driver, model, 15, seed=turn, backing=bytes(below))
         assert await flat.read(driver, 0, size, bytes(below)) == model
         await driver.close()
-        assert _Blocks(path, _Blocks(base)).content() == model
+        assert dissected(path, base) == model
     assert ZEROED in _entries(path) and FREE in _entries(path)
 
 

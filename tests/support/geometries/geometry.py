@@ -87,6 +87,8 @@ class Kit:
     crash_repair: bool = False
     """After a crash ``qemu-img check -r all`` comes first: the format has a mark or a log for that (QED need_check,
     Parallels in_use, VHDX log), and QEMU's tools do not read the image before."""
+    crash_marks: int = 0
+    """Errors our own check counts after a crash because of that mark."""
     fields: tuple[Field, ...] = ()
     """Every number of the header, and of other structures that are always there."""
     seal: Callable[[Contents], None] | None = None
