@@ -37,8 +37,7 @@ def _with_bitmap(source: Path, path: Path) -> None:
     header = plan(source.stat().st_size, cluster_size=64 * KIB)
     header = dataclasses.replace(header, extension_offset=header.data_offset)
     bitmap = DirtyBitmap(UUID(int=1), 64 * KIB, ((header.data_offset + header.cluster_size) // 512,))
-    features = (extension.build_bitmap(bitmap, header), extension.Feature(7, extension.FLAG_TRANSIT, b"left alone"))
-    body = extension.build(features, header.cluster_size)
+    body = extension.build((extension.build_bitmap(bitmap, header),), header.cluster_size)
     _fill(path, header, source, body + b"\xa5\x0f".ljust(header.cluster_size, b"\0"))
 
 
