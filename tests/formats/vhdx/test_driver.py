@@ -83,8 +83,8 @@ async def test_each_goes_on_where_the_other_stopped(tmp_path: Path, options: str
 @needs_qemu
 async def test_blocks_on_both_sides_of_a_sector_bitmap_entry(tmp_path: Path) -> None:
     """With 1 MiB blocks, 4096 of them are a chunk; and the next part of the table begins within the second one."""
-    path = qemu_image(tmp_path / "a.vhdx", 20 * GIB, "block_size=1M")
-    places = [4 * GIB - 5000, 8 * GIB - 5000, 8 * GIB - 3 * MIB, 16 * GIB - 1, 20 * GIB - 20000]
+    path = qemu_image(tmp_path / "a.vhdx", 2 << 40, "block_size=1M")
+    places = [4 * GIB - 5000, 8 * GIB - 5000, 8 * GIB - 3 * MIB, (1 << 40) - 1, (2 << 40) - 20000]
     node = await node_of(path)
     for number, at in enumerate(places):
         await node.write(at, bytes([number + 1]) * 20000)
