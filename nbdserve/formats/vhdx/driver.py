@@ -6,6 +6,7 @@ Differencing images, whose blocks can be here in part, are opened as the subclas
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from typing import Self, cast
 
 from nbdserve.errors import RequestError
@@ -20,11 +21,14 @@ from nbdserve.formats.vhdx.layout import (
     PARTIALLY_PRESENT,
     STATE_MASK,
     UNMAPPED,
+    Parameters,
+    Region,
 )
 from nbdserve.formats.vhdx.layout import ZERO as ZERO_STATE
+from nbdserve.formats.vhdx.resize import change_pages, grown, place_table, write_rest_of_last_block
 from nbdserve.formats.vhdx.runs import iter_runs
 from nbdserve.formats.vhdx.structure import Structure
-from nbdserve.units import MIB, div_ceil
+from nbdserve.units import MIB, align_up, div_ceil
 
 _INDEX_MASK = (1 << TABLE_ENTRY_BITS) - 1
 
@@ -216,3 +220,61 @@ class VhdxDriver(VhdxImage):
         if length < self.cluster_size and offset + length < self.size:
             return length
         return self.zero(offset, length, unmap=True)
+
+    async def resize(self, size: int) -> None:
+        """Grow the disk; what is new reads as zeroes, also where the layer below goes on.
+
+        Crash at any point: the disk has its old size or the new one. What is written before the log entry that says so
+        is past the end of the disk, or in space that nothing refers to.
+        """
+        wanted = grown(self.structure.parameters, size)
+        old = self.structure.parameters
+        if self._broken:
+            raise RequestError(errno.EIO, self._broken)
+        if wanted == old:
+            await self.flush()
+            return
+        await self._begin()
+        await self._cover_blocks()
+        if old.size & self._block_mask:
+            end = min(wanted.size, old.blocks * old.block_size)
+            await write_rest_of_last_block(self, end)
+        await self._commit.settle()
+        bat = self.structure.bat
+        needed = align_up(wanted.bat_entries * 8, MIB)
+        if needed > bat.length:
+            bat = replace(bat, offset=await self._take_zeroed(needed), length=needed)
+        blocks_at = 0
+        if old.leave_allocated and wanted.blocks > old.blocks:
+            blocks_at = await self._take_zeroed((wanted.blocks - old.blocks) * old.block_size)
+        await place_table(self.storage, self.structure, wanted, bat, blocks_at)
+        await self._cover_blocks()
+        await self.storage.flush()
+        self._log.stable_size = self._log.end = self.storage.size
+        await self._log.barrier_log(await change_pages(self.storage, self.structure, wanted, bat))
+        self._adopt(wanted, bat)
+        await self.flush()
+
+    async def _cover_blocks(self) -> None:
+        """The file is as long as the last block is, which some writers cut where the disk ends."""
+        if self.storage.size < self.space.end:
+            await self.storage.truncate(self.space.end)
+        self.host_limit = max(self.host_limit, self.space.end)
+
+    async def _take_zeroed(self, length: int) -> int:
+        """Host space of ``length`` bytes, whole MiB, that reads as zeroes."""
+        host_offset, zeroed = self.space.take_whole(length >> 20)
+        if not zeroed:
+            await self.storage.zero(host_offset, length)
+        self.host_limit = max(self.host_limit, host_offset + length)
+        return host_offset
+
+    def _adopt(self, parameters: Parameters, bat: Region) -> None:
+        """The image in memory is as large, with its table there."""
+        old = self.structure.bat
+        if bat != old:
+            self.space.free(old.offset, old.length >> 20)
+        regions = tuple(bat if region.guid == bat.guid else region for region in self.structure.regions)
+        self.structure = replace(self.structure, parameters=parameters, regions=regions)
+        self.size = parameters.size
+        self._forget_tables()

@@ -52,11 +52,9 @@ class VhdxImage(FormatDriver):
         self.has_backing = self.backing is not None or bool(options.get("has_backing", False))
         """Something below may show where this layer does not decide."""
         self.zeroes_fast = True
-        self.bat = L2Cache(TABLE_BYTES, stored=STORED)
-        """The BAT, in parts of TABLE_BYTES by number."""
+        self._forget_tables()
         self._loading: dict[tuple[int, int], asyncio.Task[None]] = {}
         # Everything lookup needs is one attribute away.
-        self._recent = self.bat.recent
         self._block_bits = parameters.block_size.bit_length() - 1
         self._block_mask = parameters.block_size - 1
         self._ratio_bits = parameters.chunk_ratio.bit_length() - 1
@@ -176,6 +174,12 @@ class VhdxImage(FormatDriver):
         return await check_vhdx(self, repair=repair_leaks or repair_errors)
 
     # --- tables ----------------------------------------------------------------------------------------------------
+
+    def _forget_tables(self) -> None:
+        """None is in memory, from now on."""
+        self.bat = L2Cache(TABLE_BYTES, stored=STORED)
+        """The BAT, in parts of TABLE_BYTES by number."""
+        self._recent = self.bat.recent
 
     async def _load_table(self, cache: L2Cache, number: int, host_offset: int) -> None:
         """Bring a table into ``cache``; those who ask for the same one wait together."""
