@@ -1,10 +1,8 @@
-"""What the tests of the VHD driver share: stock tools, images made by hand, and a reader written from the specification
-that shares nothing with the driver."""
+"""What the tests of the VHD driver share: stock tools, and images made and scribbled on."""
 
 from __future__ import annotations
 
 import random
-import struct
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,6 @@ from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
 from nbdserve.formats.vpc.driver import VpcDriver
 from nbdserve.storage.file import FileStorage
-
-SECTOR = 512
-NONE = 0xFFFF_FFFF
 
 
 def run(*command: str | Path, codes: tuple[int, ...] = (0,)) -> str:
@@ -108,58 +103,3 @@ async def scribble(path: Path, model: bytearray, seed: int, count: int, unit: in
         assert await node.read(0, node.size) == model
     finally:
         await node.close()
-
-
-# --- by the specification --------------------------------------------------------------------------------------------
-
-
-def checksum_of(data: bytes, at: int) -> int:
-    return sum(byte for i, byte in enumerate(data) if not at <= i < at + 4) ^ 0xFFFF_FFFF
-
-
-def footer_of(data: bytes) -> dict[str, int]:
-    """The footer at the end of a file, which has to be right."""
-    footer = data[-512:]
-    assert footer[:8] == b"conectix"
-    assert struct.unpack_from(">I", footer, 64)[0] == checksum_of(footer, 64)
-    kind = struct.unpack_from(">I", footer, 60)[0]
-    if kind != 2:
-        assert data[:512] == footer, "the copy at the beginning differs"
-    return {
-        "type": kind,
-        "size": struct.unpack_from(">Q", footer, 48)[0],
-        "next": struct.unpack_from(">Q", footer, 16)[0],
-    }
-
-
-def blocks_of(data: bytes) -> tuple[int, list[int], list[bytes]]:
-    """Block size, table, and the sector bitmap of each block that is there."""
-    footer = footer_of(data)
-    header = data[footer["next"] : footer["next"] + 1024]
-    assert header[:8] == b"cxsparse"
-    assert struct.unpack_from(">I", header, 36)[0] == checksum_of(header, 36)
-    table_at, _, entries, block = struct.unpack_from(">QIII", header, 16)
-    assert entries >= -(-footer["size"] // block)
-    table = list(struct.unpack_from(f">{entries}I", data, table_at))
-    size = max(512, block // 4096)
-    return block, table, [data[at * 512 : at * 512 + size] if at != NONE else b"" for at in table]
-
-
-def read_plainly(*chain: bytes) -> bytes:
-    """The guest's content of an image and its parents, all of one size; bitmaps count in differencing images."""
-    footer = footer_of(chain[0])
-    size = footer["size"]
-    if footer["type"] == 2:
-        return chain[0][:size]
-    below = read_plainly(*chain[1:]) if footer["type"] == 4 else bytes(size)
-    result = bytearray(below)
-    block, table, bitmaps = blocks_of(chain[0])
-    for number, (place, bitmap) in enumerate(zip(table, bitmaps, strict=True)):
-        if place == NONE:
-            continue
-        data_at = place * 512 + len(bitmap)
-        for sector in range(block // 512):
-            guest = number * block + sector * 512
-            if guest < size and (footer["type"] == 3 or bitmap[sector // 8] >> (7 - sector % 8) & 1):
-                result[guest : guest + 512] = chain[0][data_at + sector * 512 : data_at + (sector + 1) * 512]
-    return bytes(result)

@@ -9,18 +9,9 @@ import pytest
 
 from nbdserve.formats.vpc.driver import VpcDriver
 from nbdserve.storage.file import FileStorage
-from tests.formats.vpc.files import (
-    NONE,
-    blocks_of,
-    content,
-    footer_of,
-    make,
-    open_driver,
-    open_node,
-    same_as_stock,
-    scribble,
-)
+from tests.formats.vpc.files import content, make, open_driver, open_node, same_as_stock, scribble
 from tests.support.recording import ByteStorage
+from tests.support.vhd_reader import NONE, blocks_of, footer_of
 
 SIZE = 1 << 20
 BLOCK = 65536

@@ -12,8 +12,9 @@ from nbdserve.formats.raw import RawDriver
 from nbdserve.formats.vpc.create import plan_image
 from nbdserve.formats.vpc.driver import VpcDriver
 from nbdserve.formats.vpc.layout import Footer
-from tests.formats.vpc.files import blocks_of, footer_of, make, open_driver, run, stock
+from tests.formats.vpc.files import make, open_driver, run, stock
 from tests.support.recording import ByteStorage, Change, Recorder
+from tests.support.vhd_reader import blocks_of, footer_of
 
 
 def without_identity(data: bytes) -> list[bytes]:

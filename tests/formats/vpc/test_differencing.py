@@ -21,21 +21,9 @@ from nbdserve.formats.vpc import bitmaps
 from nbdserve.formats.vpc.differencing import DifferencingDriver
 from nbdserve.formats.vpc.driver import VpcDriver
 from nbdserve.storage.file import FileStorage
-from tests.formats.vpc.files import (
-    NONE,
-    blocks_of,
-    checksum_of,
-    content,
-    footer_of,
-    make,
-    open_driver,
-    open_node,
-    qemu_io,
-    read_plainly,
-    scribble,
-    stock,
-)
+from tests.formats.vpc.files import content, make, open_driver, open_node, qemu_io, scribble, stock
 from tests.support.recording import Barrier, ByteStorage, Change, Recorder
+from tests.support.vhd_reader import NONE, blocks_of, checksum_of, footer_of, read_plainly
 
 SIZE = 10_514_432
 BYTE = 8 * 512

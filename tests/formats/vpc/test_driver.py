@@ -15,22 +15,9 @@ from nbdserve.block.node import Node
 from nbdserve.errors import CorruptImageError, ImageError, RequestError
 from nbdserve.extents import DATA, UNALLOCATED
 from nbdserve.formats.vpc.driver import VpcDriver
-from tests.formats.vpc.files import (
-    NONE,
-    blocks_of,
-    content,
-    footer_of,
-    make,
-    open_driver,
-    open_node,
-    qemu_io,
-    read_plainly,
-    run,
-    same_as_stock,
-    scribble,
-    stock,
-)
+from tests.formats.vpc.files import content, make, open_driver, open_node, qemu_io, run, same_as_stock, scribble, stock
 from tests.support.recording import ByteStorage
+from tests.support.vhd_reader import NONE, blocks_of, footer_of, read_plainly
 
 SIZE = 10_514_432
 
@@ -219,8 +206,8 @@ async def test_places_are_kept_and_sub_sectors_do_not_get_lost(tmp_path: Path) -
     """Many small writes into one new block at the same time."""
     path = await make(tmp_path / "a.vhd", SIZE)
     node = await open_node(path)
-    await asyncio.gather(*(node.write(at * 7, bytes([at % 255 + 1]) * 7) for at in range(3000)))
-    assert await node.read(0, 21000) == b"".join(bytes([at % 255 + 1]) * 7 for at in range(3000))
+    await asyncio.gather(*(node.write(at * 7, bytes([at % 255 + 1]) * 7) for at in range(300)))
+    assert await node.read(0, 2100) == b"".join(bytes([at % 255 + 1]) * 7 for at in range(300))
     await node.close()
 
 

@@ -10,8 +10,9 @@ from nbdserve.errors import CorruptImageError, ImageError
 from nbdserve.extents import DATA, ZERO
 from nbdserve.formats.vpc.driver import VpcDriver
 from nbdserve.formats.vpc.fixed import FixedDriver
-from tests.formats.vpc.files import content, footer_of, make, open_driver, qemu_io, same_as_stock, scribble, stock
+from tests.formats.vpc.files import content, make, open_driver, qemu_io, same_as_stock, scribble, stock
 from tests.support.recording import ByteStorage
+from tests.support.vhd_reader import footer_of
 
 SIZE = 10_514_432
 

@@ -11,8 +11,9 @@ import pytest
 from nbdserve.errors import CorruptImageError, ImageError, UnsupportedImageError
 from nbdserve.formats.vpc import image, layout
 from nbdserve.formats.vpc.layout import DynamicHeader, Footer, Locator
-from tests.formats.vpc.files import NONE, stock
+from tests.formats.vpc.files import stock
 from tests.support.recording import ByteStorage
+from tests.support.vhd_reader import NONE
 
 FOOTER = Footer(
     disk_type=layout.DYNAMIC, data_offset=512, current_size=3 << 12, original_size=3 << 12, cylinders=65535, heads=16,
