@@ -58,7 +58,9 @@ class VpcDriver(FormatDriver):
             if storage.read_only:
                 raise ImageError(storage.path, "the file is open read-only")
             if not footer.sound:
-                raise CorruptImageError(storage.path, "the footer has a wrong checksum", hint=REPAIR_HINT)
+                raise CorruptImageError(
+                    storage.path, "it is wrong", field="footer checksum", value=footer.stored_checksum, hint=REPAIR_HINT
+                )
         kinds: dict[int, type[VpcDriver]] = {layout.FIXED: FixedDriver, layout.DIFFERENCING: DifferencingDriver}
         driver = kinds.get(footer.disk_type, VpcDriver)(storage, footers, footer)
         driver._options = options

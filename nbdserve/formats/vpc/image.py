@@ -139,7 +139,9 @@ def refuse_writing(storage: Storage, footer: Footer, header: DynamicHeader, word
     """CorruptImageError when a write could damage the image: everything must be in its own place, and certain."""
     path, size = storage.path, storage.size
     if not header.sound:
-        raise CorruptImageError(path, "the dynamic disk header has a wrong checksum", hint=REPAIR_HINT)
+        raise CorruptImageError(
+            path, "it is wrong", field="header checksum", value=header.stored_checksum, hint=REPAIR_HINT
+        )
     if header.table_offset % SECTOR_SIZE:
         raise CorruptImageError(path, "not a multiple of 512", field="table offset", value=header.table_offset)
     if (end := metadata_end(footer, header)) > align_up(size, SECTOR_SIZE):

@@ -122,7 +122,8 @@ class Footer:
     version: int = VERSION
     saved_state: int = 0
     reserved: bytes = bytes(427)
-    sound: bool = True
+    stored_checksum: int = field(default=0, compare=False)
+    sound: bool = field(default=True, compare=False)
     """The stored checksum was right."""
 
     @property
@@ -157,6 +158,7 @@ class Footer:
             version=fields.version,
             saved_state=fields.saved_state,
             reserved=fields.reserved,
+            stored_checksum=fields.checksum,
             sound=fields.checksum == checksum(data, FOOTER_CHECKSUM_AT),
         )
 
@@ -232,6 +234,7 @@ class DynamicHeader:
     version: int = VERSION
     reserved1: bytes = bytes(4)
     reserved2: bytes = bytes(256)
+    stored_checksum: int = field(default=0, compare=False)
     sound: bool = field(default=True, compare=False)
     """The stored checksum was right."""
 
@@ -269,6 +272,7 @@ class DynamicHeader:
             version=fields.version,
             reserved1=fields.reserved1,
             reserved2=fields.reserved2,
+            stored_checksum=fields.checksum,
             sound=fields.checksum == checksum(data, DYNAMIC_CHECKSUM_AT),
         )
 
