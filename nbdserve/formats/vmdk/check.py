@@ -29,17 +29,24 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 Indexes: TypeAlias = npt.NDArray[np.intp]
 
 
-async def check_vmdk(driver: VmdkDriver, *, repair_errors: bool) -> CheckResult:
+async def check_vmdk(driver: VmdkDriver, *, repair_leaks: bool, repair_errors: bool) -> CheckResult:
     """Check every sparse extent; flat ones have nothing to check.
 
     ``repair_errors`` makes the redundant copies equal, takes from them what is invalid in the tables that are read, and
     clears ``uncleanShutdown`` where nothing is left. An entry that is invalid in both stays, and is counted.
+
+    Where ``uncleanShutdown`` tells of a crash, copies that differ are what it may leave and no harm to data: they
+    count as leaks, which ``repair_leaks`` repairs.
     """
-    if repair_errors and driver.storage.read_only:
+    if (repair_leaks or repair_errors) and driver.storage.read_only:
         raise ImageError(driver.path, "a repair needs the image open for writing")
     result = CheckResult()
     for extent in driver.sparse:
-        await _ExtentCheck(extent, result, repair=repair_errors and extent.header.is_hosted).run()
+        hosted = extent.header.is_hosted
+        check = _ExtentCheck(
+            extent, result, repair=repair_errors and hosted, repair_copies=(repair_leaks or repair_errors) and hosted
+        )
+        await check.run()
     ends = [extent.file.size for extent in driver.sparse]
     result.image_end_offset = max(ends, default=driver.data.size)
     return result
@@ -48,16 +55,18 @@ async def check_vmdk(driver: VmdkDriver, *, repair_errors: bool) -> CheckResult:
 class _ExtentCheck:
     """The check of one extent."""
 
-    def __init__(self, extent: SparseExtent, result: CheckResult, *, repair: bool) -> None:
+    def __init__(self, extent: SparseExtent, result: CheckResult, *, repair: bool, repair_copies: bool) -> None:
         self._extent = extent
         self._result = result
+        self._crashed = extent.header.unclean or extent.marked
         self._repair = repair
+        self._repair_copies = repair or (repair_copies and self._crashed)
         self._grains: list[AnyWords] = []
         """Sectors of all grains, for the search of such as overlap (4 bytes a grain)."""
 
     async def run(self) -> None:
         extent, result = self._extent, self._result
-        before = result.corruptions
+        before = result.corruptions, result.leaks
         redundant = await read_redundant(extent)
         await self._check_directories(redundant)
         size = extent.header.table_bytes
@@ -70,16 +79,21 @@ class _ExtentCheck:
             await asyncio.sleep(0)
         self._check_overlaps()
         result.total_clusters += div_ceil(extent.size, extent.header.grain_size)
-        if self._repair:
+        if self._repair_copies:
             await extent.file.flush()
-            if extent.header.unclean and result.corruptions == before:
+            if extent.header.unclean and (result.corruptions, result.leaks) == before:
                 await extent.file.write_stable([(UNCLEAN_AT, b"\0")])
 
-    def _error(self, message: str, *, count: int = 1, fixed: bool = False) -> None:
+    def _error(self, message: str, *, count: int = 1, fixed: bool = False, harmless: bool = False) -> None:
         if len(self._result.messages) < _MESSAGES:
-            state = "Repaired" if fixed else "ERROR"
+            state = "Repaired" if fixed else "Leaked" if harmless else "ERROR"
             self._result.messages.append(f"{state}: {self._extent.path}: {message}")
-        if fixed:
+        if harmless:
+            if fixed:
+                self._result.leaks_fixed += count
+            else:
+                self._result.leaks += count
+        elif fixed:
             self._result.corruptions_fixed += count
         else:
             self._result.corruptions += count
@@ -189,12 +203,17 @@ class _ExtentCheck:
         taken = different & ~valid & self._valid(copies)
         for row in rows.tolist():
             count, index = int(different[row].sum()), int(indexes[row])
-            self._error(
-                f"grain table {index} and its redundant copy differ in {count} entries", count=count, fixed=self._repair
-            )
-            if not self._repair:
-                continue
             lost = taken[row]
+            harmless = self._crashed and not lost.any()
+            mending = self._repair_copies if harmless else self._repair
+            self._error(
+                f"grain table {index} and its redundant copy differ in {count} entries",
+                count=count,
+                fixed=mending,
+                harmless=harmless,
+            )
+            if not mending:
+                continue
             words[row][lost] = copies[row][lost]
             table = words[row].astype("<u4").tobytes()
             if lost.any():

@@ -393,7 +393,7 @@ class VmdkDriver(FormatDriver):
 
         if not self.read_only:
             await self._commit.settle()
-        return await check_vmdk(self, repair_errors=repair_errors)
+        return await check_vmdk(self, repair_leaks=repair_leaks, repair_errors=repair_errors)
 
     async def close(self) -> None:
         """Write everything back, clear the marks, and close the storages whether that succeeded or not."""

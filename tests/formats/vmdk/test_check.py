@@ -117,6 +117,26 @@ async def test_the_mark_of_a_crash_is_cleared_by_a_repair(tmp_path: Path) -> Non
     assert path.read_bytes()[UNCLEAN_AT] == 0
 
 
+async def test_copies_that_differ_after_a_crash_are_harmless(tmp_path: Path) -> None:
+    path = image(tmp_path / "a.vmdk")
+    good = path.read_bytes()
+    patch(path, UNCLEAN_AT, b"\1")
+    patch(path, RGT + 8, word(0) * 2)
+    result = await checked(path)
+    assert (result.corruptions, result.leaks) == (0, 2)
+    storage = await FileStorage.open(str(path))
+    driver = await VmdkDriver.open(storage, {}, read_only=True)
+    result = await driver.check(repair_leaks=True)
+    await driver.close()
+    assert (result.leaks, result.leaks_fixed) == (0, 2)
+    assert path.read_bytes() == good
+    # An entry that only the copy has is more than that.
+    patch(path, UNCLEAN_AT, b"\1")
+    patch(path, GT + 8, word(0xFFFFFFF))
+    result = await checked(path)
+    assert (result.corruptions, result.leaks) == (2, 0)
+
+
 async def test_a_repair_needs_a_writable_file(tmp_path: Path) -> None:
     driver = await driver_of(image(tmp_path / "a.vmdk"), read_only=True)
     with pytest.raises(ImageError, match="writing"):
