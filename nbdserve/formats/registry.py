@@ -9,6 +9,7 @@ from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.bochs import BochsDriver
 from nbdserve.formats.cloop import CloopDriver
 from nbdserve.formats.dmg.driver import DmgDriver
+from nbdserve.formats.luks.driver import LuksDriver
 from nbdserve.formats.parallels.driver import ParallelsDriver
 from nbdserve.formats.qcow.driver import QcowDriver
 from nbdserve.formats.qcow2.driver import Qcow2Driver
@@ -34,6 +35,7 @@ DRIVERS: Final[dict[str, type[FormatDriver]]] = {
     "vmdk": VmdkDriver,
     "vhdx": VhdxDriver,
     "vpc": VpcDriver,
+    "luks": LuksDriver,
 }
 """By QEMU's format names."""
 

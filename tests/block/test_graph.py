@@ -14,6 +14,7 @@ from nbdserve.block.graph import MAX_CHAIN_DEPTH, open_image
 from nbdserve.block.spec import ImageSpec
 from nbdserve.errors import ConfigError, ImageError, RequestError
 from nbdserve.formats.qcow2.driver import Qcow2Driver
+from nbdserve.formats.registry import DRIVERS
 from nbdserve.storage.file import FileStorage
 from nbdserve.storage.roots import ImageRoots
 from nbdserve.units import KIB, MIB
@@ -296,7 +297,8 @@ async def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     assert "nonsense" in await _refused(tmp_path, _spec(path, "nonsense"), kind=ConfigError)
 
 
-async def test_a_format_without_a_driver_is_not_served_as_raw(tmp_path: Path) -> None:
+async def test_a_format_without_a_driver_is_not_served_as_raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(DRIVERS, "luks")
     path = tmp_path / "disk"
     path.write_bytes(b"LUKS\xba\xbe\0\1".ljust(4096, b"\0"))
     assert "luks" in await _refused(tmp_path, _spec(path, None), kind=ConfigError)

@@ -40,6 +40,7 @@ _ORDER: Final = (
     "bitmaps",
     "refcount-bits",
     "data-file",
+    "encrypt",
     "data-file-raw",
     "corrupt",
     "extended-l2",

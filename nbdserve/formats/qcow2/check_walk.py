@@ -99,6 +99,8 @@ async def read_metadata(storage: Storage, header: layout.Header) -> Metadata:
         (header.l1_offset, header.l1_entries * 8),
         (header.snapshots_offset, snapshot_bytes),
     ]
+    if header.luks_area is not None:
+        regions.append(header.luks_area)
     offsets, weights = _named(l1, findings, cluster_size)
     active = (offsets, weights)
     for snapshot in snapshots:

@@ -6,14 +6,16 @@ Source: the qcow2 specification (docs/interop/qcow2), "Header", "Host cluster ma
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import CreateOption
+from nbdserve.formats.luks.create import VOLUME_OPTIONS, VolumeOptions, new_volume, parse_volume_options, passphrase
+from nbdserve.formats.luks.layout import slot_offsets
 from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.refcounts import encode_counts
 from nbdserve.storage.base import Storage
@@ -32,15 +34,9 @@ CREATE_OPTIONS: Final = (
     CreateOption("compression_type", "Compression method used for image cluster compression (zlib, zstd)", "zlib"),
     CreateOption("data_file", "File name of an external data file"),
     CreateOption("data_file_raw", "The external data file must stay valid as a raw image", "off"),
-    CreateOption("encrypt.cipher-alg", "Name of encryption cipher algorithm"),
-    CreateOption("encrypt.cipher-mode", "Name of encryption cipher mode"),
-    CreateOption("encrypt.format", "Encrypt the image, format choices: 'aes', 'luks'"),
-    CreateOption("encrypt.hash-alg", "Name of encryption hash algorithm"),
-    CreateOption("encrypt.iter-time", "Time to spend in PBKDF in milliseconds"),
-    CreateOption("encrypt.ivgen-alg", "Name of IV generator algorithm"),
-    CreateOption("encrypt.ivgen-hash-alg", "Name of IV generator hash algorithm"),
-    CreateOption("encrypt.key-secret", "ID of secret providing qcow AES key or LUKS passphrase"),
-    CreateOption("encryption", "Encrypt the image with format 'aes'", "off"),
+    CreateOption("encrypt.format", "Encrypt the image, format choices: 'luks'"),
+    *(replace(option, name=f"encrypt.{option.name}", default="") for option in VOLUME_OPTIONS),
+    CreateOption("encryption", "Encrypt the image with format 'aes' (only off: use encrypt.format=luks)", "off"),
     CreateOption("extended_l2", "Extended L2 tables", "off"),
     CreateOption("lazy_refcounts", "Postpone refcount updates", "off"),
     CreateOption("nocow", "Turn off copy-on-write (valid only on btrfs)", "off"),
@@ -64,6 +60,9 @@ class Layout:
     l1_offset: int
     """0 when there is no L1 table (a disk of 0 bytes)."""
     l1_entries: int
+    luks_offset: int
+    luks_length: int
+    """Bytes of the LUKS header with its key material; 0 without."""
     l2_offset: int
     l2_tables: int
     """One cluster each, contiguous; 0 without preallocation."""
@@ -95,8 +94,9 @@ def plan_layout(
     extended_l2: bool = False,
     preallocate: bool = False,
     external_data: bool = False,
+    luks_length: int = 0,
 ) -> Layout:
-    """Places header, refcount table, refcount blocks, L1 and, preallocated, L2 tables and data clusters.
+    """Places header, refcount table, refcount blocks, L1, LUKS and, preallocated, L2 tables and data clusters.
 
     The refcount structure counts itself: its size is the fixpoint of *blocks needed for all clusters, these blocks
     included*. It is reached in a few steps, because a block of c bytes counts at least c / 8 clusters.
@@ -112,9 +112,10 @@ def plan_layout(
             f"qcow2 has at most {layout.MAX_L1_BYTES}: use a larger cluster_size"
         )
     l1_clusters = div_ceil(l1_entries * 8, cluster)
+    luks_clusters = div_ceil(luks_length, cluster)
     l2_tables = l1_entries if preallocate else 0
     data_clusters = guest_clusters if preallocate and not external_data else 0
-    counted = 1 + l1_clusters + l2_tables + data_clusters
+    counted = 1 + l1_clusters + luks_clusters + l2_tables + data_clusters
     counts_per_block = cluster * 8 >> refcount_order
     blocks, table_clusters = 0, 0
     while True:
@@ -130,7 +131,8 @@ def plan_layout(
         )
     blocks_offset = (1 + table_clusters) * cluster
     l1_offset = blocks_offset + blocks * cluster
-    l2_offset = l1_offset + l1_clusters * cluster
+    luks_offset = l1_offset + l1_clusters * cluster
+    l2_offset = luks_offset + luks_clusters * cluster
     return Layout(
         cluster_bits=cluster_bits,
         refcount_order=refcount_order,
@@ -140,6 +142,8 @@ def plan_layout(
         refcount_blocks=blocks,
         l1_offset=l1_offset if l1_entries else 0,
         l1_entries=l1_entries,
+        luks_offset=luks_offset,
+        luks_length=luks_length,
         l2_offset=l2_offset,
         l2_tables=l2_tables,
         data_offset=l2_offset + l2_tables * cluster,
@@ -163,6 +167,8 @@ class Options:
     compression_type: int
     preallocation: str
     """``off``, ``metadata``, ``falloc`` or ``full``."""
+    encryption: VolumeOptions | None = None
+    """LUKS."""
 
 
 _BOOLEANS: Final = {
@@ -192,11 +198,9 @@ def parse_options(options: Mapping[str, str]) -> Options:
     ``size`` is the caller's; ``nocow`` acts on the file before it is opened, so it has no effect here.
     """
     known = {option.name for option in CREATE_OPTIONS}
-    for name, value in options.items():
+    for name in options:
         if name not in known:
             raise ConfigError(f"unknown qcow2 option {name!r}: `-o help` lists the options there are")
-        if name.startswith("encrypt.") or (name == "encryption" and _boolean(options, name)):
-            raise ConfigError(f"{name}={value}: creating encrypted images is not supported")
     version = _VERSIONS[_choice(options, "compat", "1.1", _VERSIONS)]
     try:
         cluster_size = parse_size(options.get("cluster_size", "65536"))
@@ -219,10 +223,26 @@ def parse_options(options: Mapping[str, str]) -> Options:
         data_file_raw=_boolean(options, "data_file_raw"),
         compression_type=("zlib", "zstd").index(_choice(options, "compression_type", "zlib", ("zlib", "zstd"))),
         preallocation=_choice(options, "preallocation", "off", ("off", "metadata", "falloc", "full")),
+        encryption=_parse_encryption(options),
     )
     _boolean(options, "nocow")
     _check_together(parsed)
     return parsed
+
+
+def _parse_encryption(options: Mapping[str, str]) -> VolumeOptions | None:
+    prefix = "encrypt."
+    chosen = {name.removeprefix(prefix): value for name, value in options.items() if name.startswith(prefix)}
+    if _boolean(options, "encryption") or chosen.get("format") == "aes":
+        raise ConfigError("new images are not encrypted with 'aes', which is insecure: use encrypt.format=luks")
+    if not chosen:
+        return None
+    if chosen.pop("format", None) != "luks":
+        raise ConfigError("encrypted images need encrypt.format=luks")
+    try:
+        return parse_volume_options(chosen)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
 
 
 def _check_together(options: Options) -> None:
@@ -234,6 +254,7 @@ def _check_together(options: Options) -> None:
             (options.extended_l2, "extended_l2=on"),
             (options.data_file is not None, "data_file"),
             (options.compression_type != 0, "a compression_type other than zlib"),
+            (options.encryption is not None and options.preallocation != "off", "preallocation of an encrypted image"),
         ):
             if used:
                 raise ConfigError(f"{what} needs compat=1.1 (v3)")
@@ -241,6 +262,8 @@ def _check_together(options: Options) -> None:
         raise ConfigError("extended_l2=on needs a cluster_size of at least 16384")
     if options.data_file_raw and options.data_file is None:
         raise ConfigError("data_file_raw=on needs data_file")
+    if options.data_file_raw and options.encryption is not None:
+        raise ConfigError("data_file_raw=on and encryption exclude each other")
     if options.backing_file is None:
         if options.backing_format is not None:
             raise ConfigError("backing_fmt needs backing_file")
@@ -269,6 +292,7 @@ def plan_image(size: int, options: Mapping[str, str]) -> tuple[Options, Layout, 
         extended_l2=parsed.extended_l2,
         preallocate=parsed.preallocation != "off" or parsed.data_file_raw,
         external_data=parsed.data_file is not None,
+        luks_length=0 if parsed.encryption is None else slot_offsets(parsed.encryption.cipher)[1],
     )
     try:
         return parsed, plan, make_header(plan, size, parsed).build()
@@ -277,7 +301,12 @@ def plan_image(size: int, options: Mapping[str, str]) -> tuple[Options, Layout, 
 
 
 async def create_qcow2(
-    storage: Storage, size: int, options: Mapping[str, str], *, data_file_storage: Storage | None = None
+    storage: Storage,
+    size: int,
+    options: Mapping[str, str],
+    *,
+    data_file_storage: Storage | None = None,
+    secret: bytes | None = None,
 ) -> None:
     """Make ``storage`` an empty qcow2 image of ``size`` bytes (rounded up to whole sectors).
 
@@ -288,10 +317,16 @@ async def create_qcow2(
     parsed, plan, header = plan_image(size, options)
     if (parsed.data_file is None) != (data_file_storage is None):
         raise ConfigError("data_file: the option and the opened file go together")
+    if secret is not None and parsed.encryption is None:
+        raise ConfigError("a secret is given, and the image is not to be encrypted")
     external_data = data_file_storage is not None
+    volume: Sequence[tuple[int, bytes]] = ()
+    if parsed.encryption is not None:
+        _, volume = await new_volume(parsed.encryption, passphrase(secret))
     size = virtual_size(size)
     await _empty(storage, plan.end_offset)
     await _write_refcounts(storage, plan)
+    await storage.write_all([(plan.luks_offset + offset, data) for offset, data in volume])
     if plan.l2_tables:
         await _write_tables(storage, plan, size, parsed, external_data=external_data)
     if data_file_storage is not None:
@@ -313,6 +348,9 @@ def make_header(plan: Layout, size: int, options: Options) -> layout.Header:
         extensions.append((layout.EXTENSION_BACKING_FORMAT, options.backing_format.encode()))
     if options.data_file is not None:
         extensions.append((layout.EXTENSION_DATA_FILE, os.fsencode(options.data_file)))
+    if options.encryption is not None:
+        area = layout.LUKS_EXTENSION.build({"offset": plan.luks_offset, "length": plan.luks_length})
+        extensions.append((layout.EXTENSION_LUKS, area))
     if options.version >= 3 and plan.cluster_bits >= FEATURE_NAMES_MIN_CLUSTER_BITS:
         extensions.append((layout.EXTENSION_FEATURE_NAMES, layout.feature_name_table()))
     incompatible = (
@@ -332,6 +370,7 @@ def make_header(plan: Layout, size: int, options: Options) -> layout.Header:
         compatible=layout.COMPATIBLE_LAZY_REFCOUNTS * options.lazy_refcounts,
         autoclear=layout.AUTOCLEAR_DATA_FILE_RAW * options.data_file_raw,
         refcount_order=plan.refcount_order,
+        crypt_method=layout.CRYPT_NONE if options.encryption is None else layout.CRYPT_LUKS,
         compression_type=options.compression_type,
         backing_name=options.backing_file,
         extensions=tuple(extensions),
@@ -360,18 +399,22 @@ async def _write_refcounts(storage: Storage, plan: Layout) -> None:
 
 
 async def _write_tables(storage: Storage, plan: Layout, size: int, options: Options, *, external_data: bool) -> None:
-    """The L1 table, and L2 tables that map every cluster in order; extended entries have no subcluster allocated."""
+    """The L1 table, and L2 tables that map every cluster in order; extended entries have no subcluster allocated.
+
+    With encryption the clusters are only reserved and read as zeroes: what they hold would be decrypted to noise.
+    """
     cluster = 1 << plan.cluster_bits
     l1 = (plan.l2_offset + np.arange(plan.l1_entries, dtype=np.uint64) * cluster) | np.uint64(layout.COPIED)
     await storage.write(plan.l1_offset, l1.astype(">u8").tobytes())
     guest_clusters = div_ceil(size, cluster)
     words = 2 if options.extended_l2 else 1
     base = 0 if external_data else plan.data_offset
+    flags = layout.COPIED | layout.ZERO_FLAG * (options.encryption is not None and not options.extended_l2)
     for first in range(0, guest_clusters, CHUNK_ENTRIES):
         count = min(CHUNK_ENTRIES, guest_clusters - first)
         entries = np.zeros((count, words), ">u8")
         numbers = np.arange(first, first + count, dtype=np.uint64)
-        entries[:, 0] = (base + numbers * cluster) | np.uint64(layout.COPIED)
+        entries[:, 0] = (base + numbers * cluster) | np.uint64(flags)
         await storage.write(plan.l2_offset + first * 8 * words, entries.tobytes())
 
 

@@ -14,7 +14,15 @@ from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO, Run, RunStream
 from nbdserve.formats.base import Allocation
 from nbdserve.formats.qcow2.image import Qcow2Image
-from nbdserve.formats.qcow2.layout import COMPRESSED_FLAG, COPIED, OFFSET_MASK, ZERO_FLAG, Header, compressed_range
+from nbdserve.formats.qcow2.layout import (
+    COMPRESSED_FLAG,
+    COPIED,
+    CRYPT_AES,
+    OFFSET_MASK,
+    ZERO_FLAG,
+    Header,
+    compressed_range,
+)
 from nbdserve.formats.qcow2.runs import iter_runs
 from nbdserve.formats.tables import L2Table
 from nbdserve.units import div_ceil
@@ -25,6 +33,10 @@ class Qcow2Driver(Qcow2Image):
 
     @classmethod
     def _class_for(cls, header: Header) -> type[Self]:
+        if header.crypt_method == CRYPT_AES:
+            from nbdserve.formats.qcow2.aes import AesDriver, AesSubclusterDriver  # noqa: PLC0415  (subclasses)
+
+            return cast("type[Self]", AesSubclusterDriver if header.extended_l2 else AesDriver)
         if header.extended_l2:
             from nbdserve.formats.qcow2.subclusters import SubclusterDriver  # noqa: PLC0415  (a subclass of this class)
 
@@ -196,7 +208,7 @@ class Qcow2Driver(Qcow2Image):
             if taken is None:
                 return None
             cluster, count = taken
-            host_offset, zeroed = cluster << self._bits, cluster >= virgin and self.storage.grows_zeroed
+            host_offset, zeroed = cluster << self._bits, cluster >= virgin and self.data.grows_zeroed
         table.pins += 1
         return Allocation(offset, min(length, count << self._bits), host_offset, zeroed, (table, first, count, reused))
 

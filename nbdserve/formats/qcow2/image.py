@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final, NoReturn, Self
 
 import numpy as np
 
-from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestError, UnsupportedImageError
+from nbdserve.errors import CorruptImageError, ImageError, RequestError, UnsupportedImageError
 from nbdserve.formats.base import (
     BackingReference,
     CheckResult,
@@ -18,11 +18,13 @@ from nbdserve.formats.base import (
     FormatDriver,
     ImageInfo,
 )
+from nbdserve.formats.luks.layout import Header as LuksHeader
 from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.allocator import Allocator
 from nbdserve.formats.qcow2.commit import Committer, HeaderSector
 from nbdserve.formats.qcow2.compressed import CompressedClusters
 from nbdserve.formats.qcow2.create import CREATE_OPTIONS, create_qcow2, plan_image, virtual_size
+from nbdserve.formats.qcow2.encryption import open_encryption
 from nbdserve.formats.qcow2.layout import (
     COPIED,
     OFFSET_MASK,
@@ -69,6 +71,9 @@ class Qcow2Image(FormatDriver):
         self.cache = L2Cache(header.cluster_size)
         if header.backing_name is not None:
             self.backing = BackingReference(header.backing_name, header.backing_format)
+        self._data_file = data
+        """What ``data`` is in: where that encrypts, the file under it."""
+        self._luks_header: LuksHeader | None = None
         self.has_backing = self.backing is not None or bool(options.get("has_backing", False))
         """Something below may show where this layer does not decide."""
         self.zeroes_fast = header.version >= 3 and not header.data_file_raw
@@ -106,12 +111,12 @@ class Qcow2Image(FormatDriver):
 
         Options: ``companions``, the external data file; ``snapshot``, an internal snapshot's id or name (read-only);
         ``discard``, where ``unmap`` punches freed clusters out of the file; ``has_backing`` when a layer is put below
-        an image whose header names none.
+        an image whose header names none; ``secret``, the passphrase of an encrypted image.
         """
         read_only = read_only or "snapshot" in options
         header, sector = await read_header(storage)
         snapshots, snapshot_table_bytes = await read_snapshots(storage, header)
-        data = cls._data_storage(storage, header, options)
+        data_file = cls._data_storage(storage, header, options)
         if not read_only:
             cls._refuse_writing(storage, header)
         l1_offset, l1_entries = header.l1_offset, header.l1_entries
@@ -120,7 +125,10 @@ class Qcow2Image(FormatDriver):
         if snapshot is not None:
             l1_offset, l1_entries = snapshot.l1_offset, snapshot.l1_entries
         l1 = Table(l1_offset, decode_words(await storage.read(l1_offset, l1_entries * 8)))
+        data, luks_header = await open_encryption(storage, data_file, header, options)
         driver = cls._class_for(header)(storage, data, header, l1, options)
+        driver._data_file = data_file
+        driver._luks_header = luks_header
         driver.snapshots = snapshots
         if snapshot is not None and snapshot.disk_size is not None:
             driver.size = snapshot.disk_size
@@ -206,7 +214,7 @@ class Qcow2Image(FormatDriver):
         punch = options.get("discard") == "unmap"
         self.allocator = Allocator(self.storage, self.refcounts, self._bits, metadata, self._corruption, punch=punch)
         self._committer = Committer(
-            self.storage, self.data, self._header_sector, self.l1, self.cache, self.refcounts, self.allocator
+            self.storage, self._data_file, self._header_sector, self.l1, self.cache, self.refcounts, self.allocator
         )
         self._data_virgin = self.data.size
         # Bitmaps are not kept up to date, and neither is what an unknown bit stands for: the bits are cleared, so that
@@ -243,9 +251,8 @@ class Qcow2Image(FormatDriver):
         secret: bytes | None = None,
     ) -> None:
         """Make ``storage`` an empty image of ``size`` bytes."""
-        if secret is not None:
-            raise ConfigError("a secret is given, and the image is not to be encrypted")
-        await create_qcow2(storage, size, options, data_file_storage=companions[0] if companions else None)
+        data_file = companions[0] if companions else None
+        await create_qcow2(storage, size, options, data_file_storage=data_file, secret=secret)
 
     async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
         """Compare refcounts, tables and COPIED flags. What was written before is flushed first.
@@ -270,6 +277,10 @@ class Qcow2Image(FormatDriver):
             specific["lazy-refcounts"] = bool(header.compatible & layout.COMPATIBLE_LAZY_REFCOUNTS)
             specific["corrupt"] = bool(self._marking or header.incompatible & layout.INCOMPATIBLE_CORRUPT)
             specific["extended-l2"] = header.extended_l2
+        if header.crypt_method != layout.CRYPT_NONE:
+            specific["encrypt"] = {"format": layout.CRYPT_NAMES[header.crypt_method]}
+            if self._luks_header is not None:
+                specific["encrypt"] |= self._luks_header.describe()
         if header.has_data_file:
             specific["data-file"] = header.data_file_name
             specific["data-file-raw"] = header.data_file_raw
@@ -279,6 +290,7 @@ class Qcow2Image(FormatDriver):
             cluster_size=header.cluster_size,
             backing=self.backing,
             dirty=bool(header.incompatible & layout.INCOMPATIBLE_DIRTY),
+            encrypted=header.crypt_method != layout.CRYPT_NONE,
             specific=specific,
             snapshots=[describe(snapshot, header) for snapshot in self.snapshots],
         )
@@ -312,6 +324,10 @@ class Qcow2Image(FormatDriver):
             entry & layout.L1_RESERVED or host_offset & self._cluster_mask or not 0 < host_offset < self.storage.size
         ):
             raise RequestError(errno.EIO, f"{self.path}: invalid L1 entry {entry:#x} at index {l1_index}")
+        return host_offset
+
+    def data_place(self, host_offset: int, guest_offset: int) -> int:
+        """Where ``data`` has the guest bytes that are at ``host_offset`` of the file."""
         return host_offset
 
     def _take(self, wanted: int) -> tuple[int, int] | None:

@@ -29,6 +29,8 @@ MAX_SNAPSHOTS: Final = 65536
 MIN_SNAPSHOT_ENTRY: Final = 40
 """Bytes of a snapshot table entry before its extra data, id and name."""
 MAX_BITMAPS: Final = 65535
+MAX_LUKS_BYTES: Final = 16 * MIB
+"""Eight times what the largest key makes of it."""
 MAX_BACKING_NAME: Final = 1023
 
 # Entries of L1 and (standard) L2 tables.
@@ -55,6 +57,11 @@ COMPATIBLE_LAZY_REFCOUNTS: Final = 1 << 0
 AUTOCLEAR_BITMAPS: Final = 1 << 0
 AUTOCLEAR_DATA_FILE_RAW: Final = 1 << 1
 AUTOCLEAR_KNOWN: Final = 0b11
+
+CRYPT_NONE: Final = 0
+CRYPT_AES: Final = 1
+CRYPT_LUKS: Final = 2
+CRYPT_NAMES: Final = {CRYPT_AES: "aes", CRYPT_LUKS: "luks"}
 
 COMPRESSION_ZLIB: Final = 0
 COMPRESSION_ZSTD: Final = 1
@@ -107,6 +114,7 @@ EXTENSION_HEAD: Final[Any] = c.Struct("type" / c.Int32ub, "length" / c.Int32ub)
 BITMAPS_EXTENSION: Final[Any] = c.Struct(
     "count" / c.Int32ub, "reserved" / c.Int32ub, "directory_size" / c.Int64ub, "directory_offset" / c.Int64ub
 )
+LUKS_EXTENSION: Final[Any] = c.Struct("offset" / c.Int64ub, "length" / c.Int64ub)
 FEATURE_NAME: Final[Any] = c.Struct("type" / c.Int8ub, "bit" / c.Int8ub, "name" / c.Bytes(46))
 HEADER_V2_LENGTH: Final = 72
 HEADER_V3_MIN_LENGTH: Final = 104
@@ -146,6 +154,7 @@ class Header:
     compatible: int = 0
     autoclear: int = 0
     refcount_order: int = 4
+    crypt_method: int = CRYPT_NONE
     compression_type: int = COMPRESSION_ZLIB
     header_length: int = HEADER_V3_LENGTH
     backing_name: str | None = None
@@ -224,6 +233,15 @@ class Header:
         fields = BITMAPS_EXTENSION.parse(data)
         return BitmapsExtension(fields.count, fields.directory_size, fields.directory_offset)
 
+    @property
+    def luks_area(self) -> tuple[int, int] | None:
+        """``(host_offset, length)`` of the LUKS header with its key material; None without one, or when malformed."""
+        data = self.extension(EXTENSION_LUKS)
+        if data is None or len(data) != LUKS_EXTENSION.sizeof():
+            return None
+        fields = LUKS_EXTENSION.parse(data)
+        return fields.offset, fields.length
+
     def extension(self, kind: int) -> bytes | None:
         """The data of the first extension of type ``kind``."""
         return next((data for found, data in self.extensions if found == kind), None)
@@ -278,26 +296,25 @@ class Header:
             compatible=features[1],
             autoclear=features[2],
             refcount_order=refcount_order,
+            crypt_method=fields.crypt_method,
             compression_type=compression,
             header_length=length,
             backing_name=backing,
             extensions=extensions,
             extra=extra,
         )
-        header._check_features(path, fields.crypt_method)
+        header._check_features(path)
+        header._check_encryption(path, file_size)
         header._check_tables(path, file_size)
         return header
 
-    def _check_features(self, path: str, crypt_method: int) -> None:
+    def _check_features(self, path: str) -> None:
         if unknown := self.incompatible & ~INCOMPATIBLE_KNOWN:
             bits = [bit for bit in range(64) if unknown >> bit & 1]
             names = ", ".join(map(self._feature_name, bits[:4])) + (", ..." if len(bits) > 4 else "")
             raise UnsupportedImageError(
                 path, f"unknown features: {names}", field="incompatible_features", value=unknown
             )
-        if crypt_method:
-            kind = {1: "AES", 2: "LUKS"}.get(crypt_method, "unknown")
-            raise UnsupportedImageError(path, f"{kind} encryption", field="crypt_method", value=crypt_method)
         if self.extended_l2:
             in_range(path, "cluster_bits", self.cluster_bits, MIN_EXTENDED_CLUSTER_BITS, MAX_CLUSTER_BITS)
         in_range(path, "refcount_order", self.refcount_order, 0, 6)
@@ -309,6 +326,32 @@ class Header:
             raise CorruptImageError(
                 path, "contradicts incompatible feature bit 3", field="compression_type", value=self.compression_type
             )
+
+    def _check_encryption(self, path: str, file_size: int) -> None:
+        if self.crypt_method not in (CRYPT_NONE, *CRYPT_NAMES):
+            raise UnsupportedImageError(
+                path, "1 (AES) and 2 (LUKS) are known", field="crypt_method", value=self.crypt_method
+            )
+        area = self.luks_area
+        if (self.extension(EXTENSION_LUKS) is not None) != (self.crypt_method == CRYPT_LUKS):
+            raise CorruptImageError(
+                path,
+                "LUKS encryption and its header extension go together",
+                field="crypt_method",
+                value=self.crypt_method,
+            )
+        if self.crypt_method != CRYPT_LUKS:
+            return
+        if area is None:
+            raise CorruptImageError(
+                path,
+                f"must be {LUKS_EXTENSION.sizeof()}",
+                field="length of the LUKS header extension",
+                value=len(self.extension(EXTENSION_LUKS) or b""),
+            )
+        offset, length = area
+        in_range(path, "LUKS header length", length, 1, MAX_LUKS_BYTES)
+        table_inside(path, "LUKS header offset", offset, length, cluster_size=self.cluster_size, file_size=file_size)
 
     def _check_tables(self, path: str, file_size: int) -> None:
         inside = {"cluster_size": self.cluster_size, "file_size": file_size}
@@ -362,7 +405,7 @@ class Header:
                 "backing_length": len(name),
                 "cluster_bits": self.cluster_bits,
                 "size": self.size,
-                "crypt_method": 0,
+                "crypt_method": self.crypt_method,
                 "l1_entries": self.l1_entries,
                 "l1_offset": self.l1_offset,
                 "refcount_table_offset": self.refcount_table_offset,

@@ -21,7 +21,8 @@ def metadata_clusters(
     snapshot_table_bytes: int,
     path: str,
 ) -> set[int]:
-    """The clusters of header, tables, refcount blocks, snapshot table, snapshots' L1 tables and bitmap directory.
+    """The clusters of header, tables, refcount blocks, snapshot table, snapshots' L1 tables, LUKS header and bitmap
+    directory.
 
     CorruptImageError when two of them share a cluster: writing one would destroy the other. (L2 tables may be shared by
     L1 entries that say so, lacking COPIED; entries that point nowhere inside a file are left to those who follow them.)
@@ -34,6 +35,8 @@ def metadata_clusters(
         ("snapshot table", header.snapshots_offset, snapshot_table_bytes),
         *((f"L1 table of snapshot {s.id!r}", s.l1_offset, s.l1_entries * 8) for s in snapshots),
     ]
+    if header.luks_area is not None:
+        regions.append(("the LUKS header", *header.luks_area))
     bitmaps = header.bitmaps
     if bitmaps is not None and header.autoclear & AUTOCLEAR_BITMAPS:
         regions.append(("bitmap directory", bitmaps.directory_offset, min(bitmaps.directory_size, 64 << 20)))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO, Int64Array, RunArray, RunStream
-from nbdserve.formats.qcow2.layout import COMPRESSED_FLAG, COPIED, OFFSET_MASK, SUBCLUSTERS, ZERO_FLAG
+from nbdserve.formats.qcow2.layout import COMPRESSED_FLAG, COPIED, CRYPT_NONE, OFFSET_MASK, SUBCLUSTERS, ZERO_FLAG
 from nbdserve.formats.tables import Words, decode_words
 from nbdserve.units import MIB
 
@@ -87,6 +87,8 @@ def _runs(driver: Qcow2Driver, words: Words, base: int, start: int, end: int) ->
         unit //= SUBCLUSTERS
     else:
         kind, host_offset = _decode_standard(driver, words)
+    if driver.header.crypt_method != CRYPT_NONE:
+        host_offset[kind != COMPRESSED] = -1  # the bytes there are not the guest's
     starts = base + np.arange(len(kind), dtype=np.int64) * unit
     lengths = np.full(len(kind), unit, np.int64)
     runs = RunArray(starts, lengths, kind, host_offset)

@@ -150,7 +150,7 @@ class SubclusterDriver(Qcow2Driver):
             if taken is None:
                 return None
             cluster, count = taken
-            host_offset, zeroed = (cluster << self._bits) + inside, cluster >= virgin and self.storage.grows_zeroed
+            host_offset, zeroed = (cluster << self._bits) + inside, cluster >= virgin and self.data.grows_zeroed
             if whole:
                 covered = count << self._bits
         table.pins += 1
@@ -178,19 +178,20 @@ class SubclusterDriver(Qcow2Driver):
     async def _unshare(self, table: L2Table, at: int, offset: int) -> None:
         """Copy a cluster that is compressed, or that a snapshot shares, to a host cluster of its own."""
         entry, bitmap = table.entries[at], table.entries[at + 1]
+        start = offset & ~self._cluster_mask
         if entry & COMPRESSED_FLAG:
             bitmap, content = ALL_ALLOCATED, bytearray(await self._compressed.read(entry))
         else:
             self._subclusters(offset, entry, bitmap, 0)
-            content = await self.data.read(entry & OFFSET_MASK, self.cluster_size)
+            content = await self.data.read(self.data_place(entry & OFFSET_MASK, start), self.cluster_size)
         while (taken := self._take(1)) is None:
             await self.allocator.ready()
         host_offset = taken[0] << self._bits
-        size = self.granularity
+        place, size = self.data_place(host_offset, start), self.granularity
         try:
             await self.data.write_all(
                 [
-                    (host_offset + number * size, memoryview(content)[number * size : (number + 1) * size])
+                    (place + number * size, memoryview(content)[number * size : (number + 1) * size])
                     for number in range(SUBCLUSTERS)
                     if bitmap >> number & 1
                 ]

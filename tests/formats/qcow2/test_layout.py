@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from nbdserve.errors import CorruptImageError, ImageError, UnsupportedImageError
 from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.layout import Header, compressed_range
-from tests.formats.qcow2.engine import create, run
+from tests.formats.qcow2.engine import create
 
 KIB = 1024
 
@@ -121,17 +121,6 @@ def test_extension_past_the_cluster_is_refused(image: bytes) -> None:
     struct.pack_into(">II", data, 112, 0x11111111, 0xFFFFFFF0)
     with pytest.raises(CorruptImageError, match="0x11111111"):
         _parse(bytes(data))
-
-
-def test_encryption_is_unsupported(tmp_path: Path) -> None:
-    path = tmp_path / "a.qcow2"
-    secret = ["--object", "secret,id=s,data=abc"]
-    run(
-        "qemu-img", "create", "-q", *secret, "-f", "qcow2", "-o", "encrypt.format=luks,encrypt.key-secret=s", path, "8M"
-    )
-    data = path.read_bytes()
-    with pytest.raises(UnsupportedImageError, match="LUKS"):
-        Header.parse(data[: 64 * KIB], "a", len(data))
 
 
 @given(st.binary(max_size=600))
