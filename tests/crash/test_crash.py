@@ -82,3 +82,12 @@ def test_control_each_barrier_of_the_commit_is_needed(name: str, function: str, 
     assert len(sites) == count
     for site in sites:
         assert _breaks(geometry, site), f"nobody misses {site}"
+
+
+def test_control_raw_cow_without_either_flush() -> None:
+    """Bits before their data are stable show what the raw file held before; bits that are not stable hide data."""
+    geometry = named(CRASH_GEOMETRIES, "raw-cow-512-backing")
+    sites = set().union(*(run_scenario(geometry, seed, CONTROL).sites for seed in range(SEED, SEED + 4)))
+    assert {site.split(":")[1] for site in sites} == {"_barrier_data", "_barrier_bits"}
+    for site in sites:
+        assert _breaks(geometry, site), f"nobody misses {site}"
