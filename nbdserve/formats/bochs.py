@@ -75,7 +75,9 @@ class BochsDriver(FormatDriver):
     async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
         """Open the image; it can only be read."""
         if not read_only:
-            raise ImageError(storage.path, "bochs images can only be read", hint="--read-only")
+            raise ImageError(
+                storage.path, "such images can only be read", field="format", value="bochs", hint="--read-only"
+            )
         if storage.size < HEADER_SIZE:
             raise CorruptImageError(
                 storage.path, "the file is too short for a bochs header", field="file size", value=storage.size

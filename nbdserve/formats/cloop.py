@@ -52,7 +52,9 @@ class CloopDriver(FormatDriver):
     async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
         """Open the image; it can only be read."""
         if not read_only:
-            raise ImageError(storage.path, "cloop images can only be read", hint="--read-only")
+            raise ImageError(
+                storage.path, "such images can only be read", field="format", value="cloop", hint="--read-only"
+            )
         if storage.size < HEADER.sizeof():
             raise CorruptImageError(
                 storage.path, "the file is too short for a cloop header", field="file size", value=storage.size

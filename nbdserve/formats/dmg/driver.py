@@ -49,7 +49,9 @@ class DmgDriver(FormatDriver):
     async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
         """Open the image; it can only be read."""
         if not read_only:
-            raise ImageError(storage.path, "dmg images can only be read", hint="--read-only")
+            raise ImageError(
+                storage.path, "such images can only be read", field="format", value="dmg", hint="--read-only"
+            )
         at, data = await _find_trailer(storage)
         trailer = Trailer.parse(data, at, storage.path)
         # Where an image has both, they say the same; QEMU looks at the resource fork first, too.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from nbdserve.units import KIB, MIB, SECTOR_SIZE
@@ -9,16 +10,18 @@ from tests.formats.test_bochs import build
 from tests.support.geometries.geometry import Field, Geometry, Kit
 
 
-def _geometry(name: str, size: int, extent: int, version: int) -> Geometry:
-    def make(source: Path, path: Path) -> None:
-        content = source.read_bytes()
-        sectors = {
-            at // SECTOR_SIZE: content[at : at + SECTOR_SIZE]
-            for at in range(0, size, SECTOR_SIZE)
-            if any(content[at : at + SECTOR_SIZE])
-        }
-        path.write_bytes(build(size, sectors, extent=extent, version=version))
+def _make(source: Path, path: Path, extent: int, version: int) -> None:
+    content = source.read_bytes()
+    sectors = {
+        at // SECTOR_SIZE: content[at : at + SECTOR_SIZE]
+        for at in range(0, len(content), SECTOR_SIZE)
+        if any(content[at : at + SECTOR_SIZE])
+    }
+    path.write_bytes(build(len(content), sectors, extent=extent, version=version))
 
+
+def _geometry(name: str, size: int, extent: int, version: int) -> Geometry:
+    make = partial(_make, extent=extent, version=version)
     return Geometry(f"bochs-{name}", size, "bochs", own=True, make_from=make, stock="r")
 
 

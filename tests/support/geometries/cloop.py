@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from nbdserve.units import KIB, MIB
@@ -9,11 +10,14 @@ from tests.formats.test_cloop import build
 from tests.support.geometries.geometry import Field, Geometry, Kit
 
 
-def _geometry(name: str, size: int, block_size: int) -> Geometry:
-    def make(source: Path, path: Path) -> None:
-        path.write_bytes(build(source.read_bytes(), block_size))
+def _make(source: Path, path: Path, block_size: int) -> None:
+    path.write_bytes(build(source.read_bytes(), block_size))
 
-    return Geometry(f"cloop-{name}", size, "cloop", own=True, make_from=make, stock="r")
+
+def _geometry(name: str, size: int, block_size: int) -> Geometry:
+    return Geometry(
+        f"cloop-{name}", size, "cloop", own=True, make_from=partial(_make, block_size=block_size), stock="r"
+    )
 
 
 KIT = Kit(

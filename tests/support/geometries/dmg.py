@@ -5,6 +5,7 @@ Kinds that this QEMU may be built without are read by the builder's own account 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from nbdserve.formats.dmg import layout, lzfse
@@ -16,12 +17,14 @@ STOCK = [layout.ZLIB, layout.RAW]
 OTHERS = [layout.ADC, layout.BZIP2, *([layout.LZFSE] if lzfse.available() else [])]
 
 
-def _geometry(name: str, size: int, kinds: list[int], *, resource_fork: bool = False) -> Geometry:
-    def make(source: Path, path: Path) -> None:
-        image = image_of(source.read_bytes(), kinds)
-        image.resource_fork = resource_fork
-        path.write_bytes(image.build())
+def _make(source: Path, path: Path, kinds: list[int], resource_fork: bool) -> None:
+    image = image_of(source.read_bytes(), kinds)
+    image.resource_fork = resource_fork
+    path.write_bytes(image.build())
 
+
+def _geometry(name: str, size: int, kinds: list[int], *, resource_fork: bool = False) -> Geometry:
+    make = partial(_make, kinds=kinds, resource_fork=resource_fork)
     stock = set(kinds) <= set(STOCK)
     return Geometry(f"dmg-{name}", size, "dmg", own=True, make_from=make, stock="r" if stock else "")
 
