@@ -153,6 +153,13 @@ class Header:
                 field="data_off",
                 value=self.data_offset // SECTOR_SIZE,
             )
+        if self.data_offset > align_up(file_size, self.cluster_size):
+            raise CorruptImageError(
+                path,
+                f"behind the end of the file of {file_size} bytes",
+                field="data_off",
+                value=self.data_offset // SECTOR_SIZE,
+            )
         if self.data_offset % self.entry_scale:
             raise CorruptImageError(
                 path,

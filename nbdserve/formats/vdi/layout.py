@@ -179,6 +179,10 @@ class Header:
                 field="map offset",
                 value=self.map_offset,
             )
+        if self.data_offset > align_up(file_size, self.block_size):
+            raise CorruptImageError(
+                path, f"behind the end of the file of {file_size} bytes", field="data offset", value=self.data_offset
+            )
         if not self.differencing and (self.uuid_parent != NO_UUID or self.uuid_parent_modified != NO_UUID):
             uuid = self.uuid_parent if self.uuid_parent != NO_UUID else self.uuid_parent_modified
             raise UnsupportedImageError(

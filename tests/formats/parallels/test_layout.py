@@ -54,7 +54,8 @@ def test_what_is_built_is_parsed(magic: bytes) -> None:
         (36, 0xFFFFFFFF, CorruptImageError, "bat_entries"),
         (40, 1, CorruptImageError, "bat_entries"),
         (48, 2047, CorruptImageError, "data_off"),
-        (48, 1, CorruptImageError, "data_off"),
+        (48, 6144, CorruptImageError, "data_off"),
+        (48, 0xFFFFF800, CorruptImageError, "data_off"),
     ],
 )
 def test_bad_fields_are_refused(at: int, value: int, kind: type[ImageError], field: str) -> None:
@@ -71,6 +72,11 @@ def test_short_files_are_refused() -> None:
     with pytest.raises(CorruptImageError, match="a table of so many does not fit"):
         Header.parse(data, "x", 64 + 39)
     Header.parse(data, "x", 64 + 40)
+
+
+def test_a_data_offset_before_the_end_of_the_header_is_refused() -> None:
+    with pytest.raises(CorruptImageError, match="not a multiple of the cluster size"):
+        Header.parse(_patched(48, 1), "x", FILE)
 
 
 def test_data_inside_the_table_is_refused() -> None:

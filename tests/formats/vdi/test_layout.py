@@ -52,6 +52,7 @@ def test_what_is_built_is_parsed() -> None:
         (0x158, 0, CorruptImageError, "data offset"),
         (0x158, MIB + 1, CorruptImageError, "data offset"),
         (0x158, 512, CorruptImageError, "data offset"),
+        (0x158, 3 * MIB, CorruptImageError, "data offset"),
         (0x168, 4096, UnsupportedImageError, "sector size"),
         (0x170, (10 * MIB + 1) & 0xFFFFFFFF, CorruptImageError, "blocks in image"),
         (0x178, 0, UnsupportedImageError, "block size"),
