@@ -37,9 +37,13 @@ class FlatImage(FormatDriver):
         self.cluster_size = self.granularity = self._block = block_size
         self._broken = ""
         """Why nothing may be changed any more."""
-        self._announced = is_power_of_two(block_size)
+        self._reluctant = not is_power_of_two(block_size)
         """The engine's fast way of allocating does not round to other sizes: ``lookup_writable`` sends it away, and
         answers the other way, which awaits ``load`` before it asks again."""
+        self._announced = False
+        """That way is here."""
+        self._guarded = self._reluctant
+        """``lookup_writable`` has more to do than to look."""
 
     def _set_map(self, block_map: FlatMap, *, base: int, scale: int, low: int, host_limit: int) -> None:
         """``host_limit``: where the file ends."""
@@ -56,7 +60,6 @@ class FlatImage(FormatDriver):
         self.read_only = False
         self.space = space
         self._commits = OrderedCommit(self.storage, self._collect)
-        self._always_answers = self._announced
 
     # --- the meaning of words, the format's ------------------------------------------------------------------------
 
@@ -149,16 +152,19 @@ class FlatImage(FormatDriver):
     def lookup_writable(self, offset: int, length: int) -> Run | None:
         """Data is overwritten in place; anything else is to be allocated."""
         run = self.lookup(offset, length)
-        if run is None:
+        if self._guarded and not self._is_admitted(run):
             return None
-        if self._broken:
-            raise RequestError(errno.EIO, self._broken)
-        if run[0] == DATA:
+        if run is None or run[0] == DATA:
             return run
-        if not self._announced:
-            return None
-        self._announced = self._always_answers
         return UNALLOCATED, run[1], -1
+
+    def _is_admitted(self, run: Run | None) -> bool:
+        """Whether ``run`` may be given to who wants to write; False sends him to ``load``. RequestError: nobody may."""
+        self._check_whole()
+        if run is None or run[0] == DATA or not self._reluctant:
+            return True
+        announced, self._announced = self._announced, False
+        return announced
 
     def allocate(self, offset: int, length: int) -> Allocation | None:
         """Consecutive units for consecutive blocks of one page of the map that have none."""
@@ -241,6 +247,7 @@ class FlatImage(FormatDriver):
 
     def _stop_writing(self, reason: str) -> None:
         self._broken = reason
+        self._guarded = True
 
     async def _finish(self) -> None:
         """The last changes before a writable image is closed; what was published is committed."""

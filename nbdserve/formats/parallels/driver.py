@@ -50,6 +50,7 @@ class ParallelsDriver(FlatImage):
         """What the image's Format Extension holds. The first change of the image drops its dirty bitmaps."""
         self._has_backing = bool(options.get("has_backing"))
         self._punch = options.get("discard") == "unmap"
+        self._guarded = True
         self._marked = False
         """The header says that the image is in use, and nothing that a change would make wrong."""
         self._set_header(header)
@@ -167,9 +168,10 @@ class ParallelsDriver(FlatImage):
 
     # --- changing the mapping --------------------------------------------------------------------------------------
 
-    def lookup_writable(self, offset: int, length: int) -> Run | None:
-        """As for other formats; the first time it sends the caller to ``load``, which marks the image as in use."""
-        return super().lookup_writable(offset, length) if self._marked else None
+    def _is_admitted(self, run: Run | None) -> bool:
+        """The first one to write is sent to ``load``, which marks the image as in use."""
+        self._check_whole()
+        return super()._is_admitted(run) if self._marked else run is None
 
     async def load(self, offset: int) -> None:
         """The page of ``offset``. Who comes although it is in memory wants to change it: mark the image first."""
@@ -188,6 +190,7 @@ class ParallelsDriver(FlatImage):
 
         Crash before: nothing was changed. Crash after: the image is not closed, its table is as good as ever.
         """
+        self._check_whole()
         if self._marked:
             return
         header = replace(self.header, in_use=IN_USE, flags=self.header.flags & ~FLAG_EMPTY)
@@ -203,6 +206,7 @@ class ParallelsDriver(FlatImage):
         self.header = header
         self.extension = Extension((), self.extension.unknown if transit else ())
         self._marked = True
+        self._guarded = self._reluctant
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> int | None:
         """Unmap clusters, or find them unallocated. 0: over a backing file, and for what is to keep its space."""

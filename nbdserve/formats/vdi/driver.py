@@ -63,7 +63,7 @@ class VdiDriver(FlatImage):
 
     def __init__(self, storage: Storage, header: Header, sector: bytes) -> None:
         super().__init__(storage, header.size, header.block_size)
-        self.zeroes_fast = True
+        self.zeroes_fast = self.keeps_places = True
         self._sector = bytearray(sector)
         self._allocated = 0
         """Blocks of the data area that the map refers to."""

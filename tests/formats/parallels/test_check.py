@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdserve.errors import RequestError
 from nbdserve.formats.base import CheckResult
 from nbdserve.formats.parallels import extension
 from nbdserve.formats.parallels.driver import ParallelsDriver
@@ -136,3 +137,17 @@ async def test_an_open_image_is_checked_as_it_is_in_memory(tmp_path: Path) -> No
     assert result.messages == ["ERROR: the image was not closed"]
     await driver.close()
     assert (await _check(path)).corruptions == 0
+
+
+async def test_nothing_is_written_after_a_repair(tmp_path: Path) -> None:
+    path = await flat.make(tmp_path / "a", SIZE, "parallels", cluster_size=str(CLUSTER))
+    for first in (False, True):
+        driver = await flat.open_with(ParallelsDriver, path)
+        if first:
+            await flat.write(driver, CLUSTER, b"x")
+        await driver.check(repair_leaks=True, repair_errors=True)
+        for offset in (0, CLUSTER):
+            with pytest.raises(RequestError, match="repaired since it was opened"):
+                await flat.write(driver, offset, b"y")
+        await driver.close()
+        images.check(path, "parallels")

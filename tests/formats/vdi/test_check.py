@@ -92,6 +92,20 @@ async def test_leaks_alone_are_mended_only_without_errors(tmp_path: Path) -> Non
     assert path.stat().st_size == 3 * MIB
 
 
+async def test_stock_may_use_what_a_crash_left(tmp_path: Path) -> None:
+    """The count is too high, which its check calls an error; what it writes then is nowhere over data."""
+    path = await _image(tmp_path / "a", [1, 0, FREE, FREE, FREE, FREE], 4, 2)
+    assert (await _check(path)).corruptions == 0
+    with pytest.raises(images.ToolError, match="exit code 2"):
+        images.check(path, "vdi")
+    images.qemu_io(path, "vdi", [f"write -P {0x60 + at} {at}M 1M" for at in range(2, 6)])
+    assert flat.content(path, "vdi") == b"".join(bytes([b]) * MIB for b in (2, 1, 0x62, 0x63, 0x64, 0x65))
+    result = await _check(path, repair_leaks=True)
+    assert result.leaks_fixed == 2
+    images.check(path, "vdi")
+    assert flat.content(path, "vdi") == b"".join(bytes([b]) * MIB for b in (2, 1, 0x62, 0x63, 0x64, 0x65))
+
+
 async def test_an_open_image_is_checked_as_it_is_in_memory(tmp_path: Path) -> None:
     path = await flat.make(tmp_path / "a", SIZE, "vdi")
     driver = await flat.open_with(VdiDriver, path)
