@@ -61,14 +61,20 @@ class QcowDriver(TwoLevelDriver):
     async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
         """Open the image."""
         header = await read_header(storage)
-        if header.crypt_method != layout.CRYPT_NONE:
-            raise UnsupportedImageError(storage.path, "AES encryption", field="crypt_method", value=header.crypt_method)
+        driver_class = cls._class_for(header, storage.path)
         stored = await storage.read(header.l1_table_offset, header.l1_entries * 8)
         l1 = Table(header.l1_table_offset, decode_in_place(stored, cls.stored), cls.stored)
-        driver = cls(storage, header, l1, options)
+        driver = driver_class(storage, header, l1, options)
         if not read_only:
             await driver._open_writable()
         return driver
+
+    @classmethod
+    def _class_for(cls, header: Header, path: str) -> type[Self]:
+        """The class that knows how the data clusters are stored."""
+        if header.crypt_method != layout.CRYPT_NONE:
+            raise UnsupportedImageError(path, "AES encryption", field="crypt_method", value=header.crypt_method)
+        return cls
 
     @classmethod
     def validate_create(cls, size: int, options: Mapping[str, str]) -> None:
