@@ -179,7 +179,7 @@ class _Round:
         """qemu-io goes on with our image; what it holds then."""
         self.step = f"qemu-io, turn {turn}"
         after = bytearray(content)
-        commands = images.random_qemu_io(self.rng, len(after), 30, after)
+        commands = images.random_qemu_io(self.rng, len(after), 30, after, zeroes=self.geometry.stock_zeroes)
         self.stock.qemu_io(commands)
         self._check()
         return bytes(after)

@@ -169,15 +169,17 @@ def qemu_io(path: Path, fmt: str, commands: Sequence[str], *, timeout: float = 1
     return Stock(path, fmt).qemu_io(commands, timeout=timeout)
 
 
-def random_qemu_io(rng: random.Random, size: int, count: int, content: bytearray, *, unit: int = 512) -> list[str]:
-    """``count`` random qemu-io commands; their effect is carried over to ``content``.
+def random_qemu_io(
+    rng: random.Random, size: int, count: int, content: bytearray, *, unit: int = 512, zeroes: bool = True
+) -> list[str]:
+    """``count`` random qemu-io commands, with or without zeroing; their effect is carried over to ``content``.
 
     Discards are left out: what they leave is undefined.
     """
     commands = []
     for _ in range(count):
         offset, length = random_range(rng, size, unit=unit)
-        kind = rng.choice(("write", "write", "write", "zero", "zero unmap", "flush"))
+        kind = rng.choice(("write", "write", "write", *(("zero", "zero unmap") if zeroes else ()), "flush"))
         if kind == "write":
             pattern = rng.randrange(1, 256)
             commands.append(f"write -q -P {pattern} {offset} {length}")

@@ -55,7 +55,12 @@ class Analysis:
     used_end: int = 0
     """The end of the last cluster in use, bytes."""
     holes: list[tuple[int, int]] = field(default_factory=list)
-    """Runs of clusters not in use before ``used_end``, as ``(first cluster, count)``, the lowest MAX_REPAIRS."""
+    """Runs of clusters not in use, as ``(first cluster, count)``, the lowest MAX_REPAIRS."""
+
+    @property
+    def inner_holes(self) -> list[tuple[int, int]]:
+        """Those before ``used_end``."""
+        return [(first, count) for first, count in self.holes if first * self.header.cluster_size < self.used_end]
 
     def say(self, message: str) -> None:
         """Keep a message, unless there are too many."""
@@ -250,17 +255,21 @@ async def check_qed(
     repair_errors: bool = False,
     open_end: int | None = None,
     most_moved: int | None = None,
+    all_or_nothing: bool = False,
 ) -> CheckResult:
     """Check the image, and repair it on request; the figures are those of a last look after the repair.
 
     ``sector`` is the first of the file. The image must be idle; after a repair it has to be opened anew. ``most_moved``
-    limits the bytes that closing gaps may copy. ImageError when a repair is asked for on a read-only file; OSError.
+    limits the bytes that closing gaps may copy; with ``all_or_nothing`` an image with errors that cannot be repaired is
+    left as it is. ImageError when a repair is asked for on a read-only file; OSError.
     """
     before = await analyse(storage, header, open_end)
     if not (repair_leaks or repair_errors):
         return before.result
     if storage.read_only:
         raise ImageError(storage.path, "open read-only, so it cannot be repaired")
+    if all_or_nothing and (before.overlapping or len(before.shared) == MAX_REPAIRS):
+        return before.result
     from nbdserve.formats.qed.repair import close_gaps, repair_entries  # noqa: PLC0415  (repairing begins with a check)
 
     after = before

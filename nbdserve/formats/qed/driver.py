@@ -1,8 +1,8 @@
-"""The QED driver (QEMU docs/interop/qed_spec.rst): two levels of tables and clusters that read as zeroes.
+"""The QED driver (QEMU docs/interop/qed_spec.rst): two levels of tables, and clusters that read as zeroes.
 
 **need_check.** Every cluster that no entry refers to is a leak, so the header says ``need check`` from before the first
-change of the mapping until the image is closed. An image that says so is checked, and repaired, when it is next opened
-to be written.
+change of the mapping until the image is closed. An image that says so is checked when it is next opened to be written:
+errors are repaired at once, and what was leaked is used for new clusters.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestE
 from nbdserve.extents import UNALLOCATED
 from nbdserve.formats.base import BackingReference, CheckResult, CreateOption, ImageInfo
 from nbdserve.formats.qed import layout
-from nbdserve.formats.qed.check import check_qed
+from nbdserve.formats.qed.check import Analysis, analyse, check_qed
 from nbdserve.formats.qed.create import CREATE_OPTIONS, create_qed, parse_options, plan_header
 from nbdserve.formats.qed.layout import Header
-from nbdserve.formats.tables import L2Table, Table, Words, decode_table
+from nbdserve.formats.tables import Table, Words, decode_table
 from nbdserve.formats.two_level.driver import TwoLevelDriver
 from nbdserve.formats.two_level.entries import BAD_ENTRY, ZERO_ENTRY, are_data
 from nbdserve.storage.base import Storage
 from nbdserve.units import MIB, SECTOR_SIZE, align_up, div_ceil
 
-MAX_MOVED_AT_OPEN: Final = 64 * MIB
-"""What closing gaps may copy when an image is opened that was not closed."""
+MAX_MOVED_AT_CLOSE: Final = 64 * MIB
+"""What closing the gaps of a writer that did not close the image may copy."""
+
+
+ZEROED_AT_ONCE: Final = 64 * MIB
+"""How much of the guest's disk over a backing file is zeroed in one turn of the event loop."""
 
 
 async def read_header(storage: Storage) -> tuple[Header, bytes]:
@@ -66,26 +70,39 @@ class QedDriver(TwoLevelDriver):
         header, sector = await read_header(storage)
         if not read_only and storage.read_only:
             raise ImageError(storage.path, "the file is open read-only")
+        found = None
         if not read_only and header.features & layout.FEATURE_NEED_CHECK:
-            result = await check_qed(
-                storage, header, sector, repair_leaks=True, repair_errors=True, most_moved=MAX_MOVED_AT_OPEN
-            )
-            if result.corruptions or result.check_errors:
-                raise CorruptImageError(
-                    storage.path,
-                    f"not closed cleanly, and {result.corruptions + result.check_errors} errors remain",
-                    hint="it can be read; image check -r all",
-                )
-            header, sector = await read_header(storage)
+            found = await cls._look_at(storage, header, sector)
         stored = await storage.read(header.l1_table_offset, header.l1_used * 8)
         l1 = Table(header.l1_table_offset, decode_table(stored, cls.stored), cls.stored)
         driver = cls(storage, header, sector, l1, options)
+        size = header.cluster_size
         if not read_only:
-            await driver._open_writable()
+            await driver._open_writable(None if found is None else found.used_end)
+            if found is not None:
+                driver._unclosed = True
+                await driver._space.release([(first * size, count * size) for first, count in found.inner_holes])
             if header.autoclear_features:
                 # What the bits stand for is not known, so it is not kept up to date.
                 await driver._patch(layout.AUTOCLEAR_AT, 0)
         return driver
+
+    @staticmethod
+    async def _look_at(storage: Storage, header: Header, sector: bytes) -> Analysis:
+        """Check an image that was not closed. Errors are repaired, leaks are left to be used and cut off later."""
+        found = await analyse(storage, header)
+        if found.result.corruptions:
+            result = await check_qed(storage, header, sector, repair_errors=True, all_or_nothing=True)
+            if result.corruptions:
+                raise CorruptImageError(
+                    storage.path,
+                    f"not closed cleanly, and {result.corruptions} errors remain",
+                    field="features",
+                    value=header.features,
+                    hint="it can be read; image check -r all",
+                )
+            found = await analyse(storage, header)
+        return found
 
     async def _before_first_change(self) -> None:
         """Set ``need check``. Stable before anything is taken at the end of the file.
@@ -95,7 +112,13 @@ class QedDriver(TwoLevelDriver):
         await self._patch(layout.FEATURES_AT, self.header.features | layout.FEATURE_NEED_CHECK)
 
     async def _after_last_change(self) -> None:
-        """Clear ``need check``: every table is stable, and the file ends with its last cluster in use."""
+        """Clear ``need check``: every table is stable, and the file ends with its last cluster in use.
+
+        Gaps that the last writer left, and this one did not fill, are closed first.
+        """
+        if self._unclosed and self._space.free_ranges:
+            header, sector = await read_header(self.storage)
+            await check_qed(self.storage, header, sector, repair_leaks=True, most_moved=MAX_MOVED_AT_CLOSE)
         await self._patch(layout.FEATURES_AT, self.header.features & ~layout.FEATURE_NEED_CHECK)
 
     async def _patch(self, at: int, value: int) -> None:
@@ -159,34 +182,53 @@ class QedDriver(TwoLevelDriver):
         return checked
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> int | None:
-        """Make entries ZERO_ENTRY where there is no data cluster. Data clusters are left to be zeroed where they are.
+        """Data clusters are left to be zeroed where they are: to unmap one would make a leak of it.
 
-        To unmap one would leave a cluster that no entry refers to.
+        Over a backing file the others become data clusters too, in space that reads as zeroes and was never written. An
+        entry of ZERO_ENTRY would say the same, but QEMU fills the rest of such a cluster from the backing file when it
+        writes a part of it.
         """
-        l1_index = offset >> self._l1_shift
-        if not self.has_backing and not self.l1.entries[l1_index]:
-            return min(length, (l1_index + 1 << self._l1_shift) - offset)
-        table = self._slice_to_zero(offset)
+        if not self.has_backing:
+            return self._zero_alone(offset, length)
+        length = min(length, max(ZEROED_AT_ONCE, self.cluster_size))
+        table = self._writable_slice(offset)
         if table is None:
             return None
         first = (offset >> self._bits) & self._slice_mask
         end = min(first + div_ceil(length, self.cluster_size), self._slice_entries)
         words = cast("Words", table.words[first:end])
+        absent = np.flatnonzero(words == 0)
+        if self._space.free_ranges:
+            absent = absent[:0]  # the space of writes that failed holds junk: it is for those who fill it
+        if not self._has_room(len(absent) << self._bits):
+            return None
         data = are_data(words)
-        if self.has_backing:
-            absent = np.flatnonzero(words == 0)
-            if len(absent):
-                words[absent] = ZERO_ENTRY
-                table.touch(first + int(absent[0]), first + int(absent[-1]) + 1)
+        for index in absent.tolist():
+            host_offset, _, zeroed = self._space.take()
+            if not zeroed:
+                self._space.end = host_offset  # it was the last one: given back
+                break
+            words[index] = host_offset
+            table.touch(first + index, first + index + 1)
+        data |= words == 0
         count = int(data.argmax()) if data.any() else len(data)
         return min(length, count << self._bits)
 
-    def _slice_to_zero(self, offset: int) -> L2Table | None:
-        if self.has_backing:
-            return self._writable_slice(offset)
+    def _zero_alone(self, offset: int, length: int) -> int | None:
+        """Without a backing file, what has no data cluster reads as zeroes already."""
+        l1_index = offset >> self._l1_shift
+        if not self.l1.entries[l1_index]:
+            return min(length, (l1_index + 1 << self._l1_shift) - offset)
         if self._stopped or offset >> self._slice_shift in self._suspect:
             raise RequestError(errno.EIO, self._stopped or f"{self.path}: the L2 table for {offset:#x} is corrupt")
-        return self.cache.find(offset >> self._slice_shift)
+        table = self.cache.find(offset >> self._slice_shift)
+        if table is None:
+            return None
+        first = (offset >> self._bits) & self._slice_mask
+        end = min(first + div_ceil(length, self.cluster_size), self._slice_entries)
+        data = are_data(cast("Words", table.words[first:end]))
+        count = int(data.argmax()) if data.any() else len(data)
+        return min(length, count << self._bits)
 
     async def resize(self, size: int) -> None:
         """Grow the disk; the tables have their full size from the start, so that only the header changes.

@@ -47,7 +47,7 @@ async def close_gaps(storage: Storage, found: Analysis, most_moved: int | None =
     """
     size = found.header.cluster_size
     end = found.used_end
-    inner = [(first, count) for first, count in found.holes if first * size < end]
+    inner = found.inner_holes
     gaps = sum(count for _, count in inner)
     if gaps and (most_moved is None or gaps * size <= most_moved):
         moves: list[tuple[int, int]] = []

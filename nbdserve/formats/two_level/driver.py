@@ -82,20 +82,28 @@ class TwoLevelDriver(FormatDriver):
         """Host offset of a zeroed place for an L2 table."""
         self._prepared = False
         """The header says that the image is in use, where the format has a word for that."""
+        self._unclosed = False
+        """The last writer has not closed the image."""
         self._stopped = ""
         """Why nothing may be changed any more."""
 
-    async def _open_writable(self) -> None:
+    async def _open_writable(self, end: int | None = None) -> None:
+        """``end``: where new clusters begin, if it is not the end of the file."""
         if self.storage.read_only:
             raise ImageError(self.path, "the file is open read-only")
         starts = self._tables_at
         if (np.diff(starts) < self.geometry.table_bytes).any():
             at = int(starts[int(np.argmax(np.diff(starts) < self.geometry.table_bytes))])
             raise CorruptImageError(
-                self.path, f"the L2 table at {at:#x} overlaps another", hint="it can be read; image check -r all"
+                self.path,
+                "the L2 table overlaps another",
+                field="L1 entry",
+                value=at,
+                hint="it can be read; image check says what else is wrong",
             )
         self.read_only = False
-        self._space = AppendSpace(self.storage, self.cluster_size, self.geometry.end_of(self.storage.size))
+        end = self.geometry.end_of(self.storage.size) if end is None else end
+        self._space = AppendSpace(self.storage, self.cluster_size, end)
         self._grown = self.storage.size
         """Bytes of the file that allocations may use."""
         self._commit = OrderedCommit(self.storage, self._collect)
@@ -165,9 +173,7 @@ class TwoLevelDriver(FormatDriver):
         return self._valid(cast("Words", decode_table(stored, self.stored)))
 
     async def load(self, offset: int) -> None:
-        """Bring the slice of ``offset`` into memory, and make room where that was missing."""
-        if self._starved:
-            await self._make_room()
+        """Bring the slice of ``offset`` into memory; if it is there already, make room, for that was missing."""
         number = offset >> self._slice_shift
         if self.l1.entries[offset >> self._l1_shift] and self.cache.find(number) is None:
             task = self._loading.get(number)
@@ -176,6 +182,8 @@ class TwoLevelDriver(FormatDriver):
                 self._loading[number] = task
                 task.add_done_callback(lambda _: self._loading.pop(number, None))
             await asyncio.shield(task)
+        elif self._starved:
+            await self._make_room()
 
     async def _load_slice(self, number: int) -> None:
         host_offset = self.slice_offset(number)
@@ -344,18 +352,19 @@ class TwoLevelDriver(FormatDriver):
 
     async def _make_room(self) -> None:
         async with self._room_lock:
+            wanted, self._wanted = self._wanted, 0
             if not self._prepared:
                 await self._before_first_change()
                 self._prepared = True
             if self.cache.crowded:
                 await self._commit.commit()
-            needed = align_up(self._wanted, self.cluster_size) + self.geometry.table_clusters * self.cluster_size
+            needed = align_up(wanted, self.cluster_size) + self.geometry.table_clusters * self.cluster_size
             if self._space.end + needed > self._grown:
                 await self._grow(self._space.end + needed)
             if self._unready is not None:
                 await self.storage.zero(self._unready, self.geometry.table_bytes)
                 self._spare, self._unready = self._unready, None
-            self._starved, self._wanted = False, 0
+            self._starved = False
 
     async def _grow(self, end: int) -> None:
         """Move the end of the file up to ``end`` or more.
@@ -423,7 +432,7 @@ class TwoLevelDriver(FormatDriver):
         try:
             if not self.read_only:
                 await self._commit.settle()
-                if self._prepared:
+                if self._prepared or self._unclosed:
                     await self._cut()
                     await self._after_last_change()
         finally:

@@ -10,14 +10,14 @@ import pytest
 
 from nbdserve.block.node import Node
 from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestError
-from nbdserve.extents import DATA, UNALLOCATED, ZERO
+from nbdserve.extents import UNALLOCATED, ZERO
 from nbdserve.formats.base import BackingReference
 from nbdserve.formats.qed import layout
 from nbdserve.formats.qed.driver import QedDriver, read_header
 from nbdserve.formats.raw import RawDriver
 from nbdserve.units import KIB, MIB
 from tests.support import images
-from tests.support.recording import ByteStorage
+from tests.support.recording import ByteStorage, Change, Recorder
 
 CLUSTER = 4 * KIB
 SIZE = 4 * MIB
@@ -86,17 +86,49 @@ async def unclosed(*, leaks: int = 0, size: int = SIZE) -> ByteStorage:
     return ByteStorage(storage.content, path="x.qed")
 
 
-async def test_an_image_that_was_not_closed_is_checked_when_it_is_opened_to_be_written() -> None:
+async def test_leaks_of_an_image_that_was_not_closed_are_used_and_cut_off() -> None:
     storage = await unclosed(leaks=3)
     assert features(storage) == layout.FEATURE_NEED_CHECK
+    before = bytes(storage.content)
     assert (await (await opened(storage, read_only=True)).top.check()).leaks > 3
     node = await opened(storage)
+    assert storage.content == before
+    result = await node.top.check()
+    end = result.image_end_offset
+    assert (result.leaks, result.corruptions) == (3, 0)
+    await node.write(2 << 20, b"d" * 2 * CLUSTER)
+    await node.flush()
+    assert (await node.top.check()).image_end_offset == end
+    assert features(storage) == layout.FEATURE_NEED_CHECK
+    await node.close()
     assert features(storage) == 0
+    node = await opened(ByteStorage(storage.content), read_only=True)
     result = await node.top.check()
     assert (result.leaks, result.corruptions) == (0, 0)
-    assert await node.read(1 << 20, CLUSTER) == b"b" * CLUSTER
-    assert await node.read(3 << 20, CLUSTER) == b"c" * CLUSTER
+    assert await node.read(2 << 20, 3 * CLUSTER) == b"d" * 2 * CLUSTER + bytes(CLUSTER)
+    for place, byte in ((0, b"a"), (1 << 20, b"b"), (3 << 20, b"c")):
+        assert await node.read(place, CLUSTER) == byte * CLUSTER
+
+
+async def test_an_image_that_was_not_closed_is_cleaned_even_if_nothing_is_written() -> None:
+    storage = await unclosed(leaks=2)
+    await (await opened(storage)).close()
+    assert features(storage) == 0
+    assert (await (await opened(storage, read_only=True)).top.check()).leaks == 0
+
+
+async def test_errors_of_an_image_that_was_not_closed_are_repaired() -> None:
+    storage = await unclosed()
+    driver = (await opened(storage, read_only=True)).top
+    await driver.load(0)
+    l2_offset = driver.slice_offset(0)  # type: ignore[attr-defined]
+    storage.content[l2_offset + 8 : l2_offset + 16] = (1 << 40).to_bytes(8, "little")
+    node = await opened(storage)
+    assert await node.read(0, 2 * CLUSTER) == b"a" * CLUSTER + bytes(CLUSTER)
+    await node.write(CLUSTER, b"e" * CLUSTER)
     await node.close()
+    result = await (await opened(storage, read_only=True)).top.check()
+    assert (result.leaks, result.corruptions) == (0, 0)
 
 
 async def test_reading_an_image_that_was_not_closed_changes_nothing() -> None:
@@ -114,9 +146,10 @@ async def test_an_image_that_cannot_be_repaired_is_not_written() -> None:
     header, _ = await read_header(storage)
     at = header.l1_table_offset
     storage.content[at + 8 : at + 16] = storage.content[at : at + 8]  # one L2 table twice
+    before = bytes(storage.content)
     with pytest.raises(CorruptImageError, match="errors remain"):
         await opened(storage)
-    assert features(storage) == layout.FEATURE_NEED_CHECK
+    assert storage.content == before
     assert await (await opened(storage, read_only=True)).read(0, 1) == b"a"
 
 
@@ -142,16 +175,22 @@ async def test_unknown_autoclear_features_are_cleared_by_a_writer_only() -> None
 # --- zeroes ----------------------------------------------------------------------------------------------------------
 
 
-async def test_zeroing_over_a_backing_file_makes_zero_clusters() -> None:
+async def test_zeroing_over_a_backing_file_writes_nothing_but_the_table() -> None:
     base = b"\xbb" * SIZE
-    storage = await made(backing_file="base", backing_fmt="raw")
-    node = await opened(storage, base=base)
-    size = storage.size
-    await node.zero(CLUSTER, 10 * CLUSTER)
-    assert node.top.lookup(CLUSTER, 20 * CLUSTER) == (ZERO, 10 * CLUSTER, -1)
-    assert await node.read(0, 12 * CLUSTER) == base[:CLUSTER] + bytes(10 * CLUSTER) + base[:CLUSTER]
+    recorder = Recorder(1)
+    storage = recorder.storage((await made(backing_file="base", backing_fmt="raw")).content)
+    layers = [
+        await QedDriver.open(storage, {}, read_only=False),
+        await RawDriver.open(ByteStorage(base, read_only=True), {}, read_only=True),
+    ]
+    node = Node(layers)
+    await node.zero(CLUSTER, 300 * CLUSTER)
+    assert await node.read(0, 302 * CLUSTER) == base[:CLUSTER] + bytes(300 * CLUSTER) + base[:CLUSTER]
     await node.close()
-    assert storage.size == size + 2 * CLUSTER  # one L2 table
+    written = sum(entry.length for entry in recorder.log if isinstance(entry, Change) and entry.kind == "write")
+    assert written < 16 * KIB
+    result = await (await opened(ByteStorage(storage.content), read_only=True)).top.check()
+    assert (result.allocated_clusters, result.leaks, result.corruptions) == (300, 0, 0)
 
 
 async def test_zeroing_data_leaks_nothing() -> None:
@@ -160,13 +199,62 @@ async def test_zeroing_data_leaks_nothing() -> None:
     node = await opened(storage, base=base)
     await node.write(2 * CLUSTER, b"d" * 3 * CLUSTER)
     await node.zero(0, 8 * CLUSTER, unmap=True)
-    assert await node.read(0, 8 * CLUSTER) == bytes(8 * CLUSTER)
-    runs = [node.top.lookup(number * CLUSTER, CLUSTER) for number in range(8)]
-    assert [run[0] for run in runs if run] == [ZERO, ZERO, DATA, DATA, DATA, ZERO, ZERO, ZERO]
+    assert await node.read(0, 9 * CLUSTER) == bytes(8 * CLUSTER) + base[:CLUSTER]
+    assert node.top.zero(2 * CLUSTER, CLUSTER, unmap=True) == 0
     await node.discard(0, 8 * CLUSTER)
     await node.close()
     result = await (await opened(storage, read_only=True)).top.check()
     assert (result.leaks, result.corruptions) == (0, 0)
+
+
+async def test_space_of_a_failed_write_is_not_taken_for_zeroes() -> None:
+    base = b"\xbb" * SIZE
+    storage = await made(backing_file="base", backing_fmt="raw")
+    node = await opened(storage, base=base)
+    await node.write(0, b"x")
+    allocation = node.top.allocate(CLUSTER, CLUSTER)
+    assert allocation is not None
+    await storage.write(allocation.host_offset, b"junk" * 1024)
+    node.top.abandon(allocation)
+    await node.flush()
+    await node.zero(CLUSTER, 3 * CLUSTER)
+    assert await node.read(CLUSTER, 4 * CLUSTER) == bytes(3 * CLUSTER) + base[:CLUSTER]
+    await node.close()
+    assert (await (await opened(storage, read_only=True)).top.check()).leaks == 0
+
+
+@images.needs_qemu
+async def test_qemu_writes_a_part_of_what_we_zeroed(tmp_path: Path) -> None:
+    """QEMU would fill the rest of a zero cluster from the backing file."""
+    (tmp_path / "base").write_bytes(b"\xbb" * SIZE)
+    storage = await made(backing_file="base", backing_fmt="raw")
+    node = await opened(storage, base=b"\xbb" * SIZE)
+    await node.zero(0, 4 * CLUSTER)
+    await node.close()
+    path = tmp_path / "x.qed"
+    path.write_bytes(storage.content)
+    images.qemu_io(path, "qed", ["write -P 7 512 512", f"read -P 0 1024 {4 * CLUSTER - 1024}", "read -P 0 0 512"])
+
+
+@images.needs_qemu
+async def test_zero_clusters_of_qemu_are_read_and_written_in_part(tmp_path: Path) -> None:
+    base = b"\xbb" * SIZE
+    (tmp_path / "base").write_bytes(base)
+    path = tmp_path / "x.qed"
+    images.create(path, SIZE, fmt="qed", options="cluster_size=4k,table_size=2", backing=("base", "raw"))
+    images.qemu_io(path, "qed", [f"write -z {CLUSTER} {4 * CLUSTER}"])
+    storage = ByteStorage(path.read_bytes())
+    node = await opened(storage, base=base)
+    assert node.top.lookup(2 * CLUSTER, 9 * CLUSTER) is None
+    assert await node.read(0, 6 * CLUSTER) == base[:CLUSTER] + bytes(4 * CLUSTER) + base[:CLUSTER]
+    assert node.top.lookup(2 * CLUSTER, 9 * CLUSTER) == (ZERO, 3 * CLUSTER, -1)
+    [runs] = [runs async for runs in node.top.iter_runs(0, SIZE)]
+    assert runs.kind.tolist() == [UNALLOCATED, ZERO, UNALLOCATED]
+    assert node.top.zero(CLUSTER, 4 * CLUSTER, unmap=False) is None  # the header is marked first
+    await node.write(2 * CLUSTER + 10, b"part")
+    assert node.top.zero(CLUSTER, 4 * CLUSTER, unmap=False) == CLUSTER
+    assert await node.read(2 * CLUSTER, CLUSTER) == bytes(10) + b"part" + bytes(CLUSTER - 14)
+    await node.close()
 
 
 async def test_without_a_backing_file_zeroing_needs_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 from typing import Literal
 
@@ -257,6 +258,29 @@ async def test_nothing_is_changed_after_a_repair() -> None:
         with pytest.raises(RequestError, match="open it anew"):
             await node.write(0, b"y")
         assert await node.read(0, 1) == b"x"
+
+
+async def test_no_room_for_writes_is_no_matter_to_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for shape in LARGE:
+        storage = await shape.made()
+        node = await shape.opened(storage)
+        await node.write(0, b"x")
+        await node.close()
+        node = await shape.opened(storage)
+
+        async def full(size: int) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+        monkeypatch.setattr(storage, "truncate", full)
+        assert node.top.lookup_writable(shape.size - 512, 512) is not None or node.top.allocate(0, 1) is None
+        with pytest.raises(OSError, match="full"):
+            await node.write(shape.size - 512, b"y" * 512)
+        assert await node.read(0, 1) == b"x"
+        assert await node.read(shape.size - 512, 512) == bytes(512)
+        await node.write(0, b"z")
+        monkeypatch.undo()
+        await node.write(shape.size - 512, b"y" * 512)
+        await node.close()
 
 
 async def test_a_block_device_that_is_full() -> None:

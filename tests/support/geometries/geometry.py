@@ -41,6 +41,8 @@ class Geometry:
     """Makes the image (second path) from a raw file (first path), for formats that nobody here creates."""
     stock: Literal["rw", "r", ""] = "rw"
     """What QEMU's tools can do with it."""
+    stock_zeroes: bool = True
+    """QEMU's tools zero parts of it without damage."""
     reader: Callable[[Path], bytes] | None = None
     """The content of the image by an independent reader, where QEMU's tools are none."""
     encryption: Literal["", "luks", "aes"] = ""

@@ -135,6 +135,8 @@ def spec_of(geometry: Geometry, path: Path, **fields: Any) -> ImageSpec:
     """The image ``path`` as our server is told of it."""
     if geometry.backing_by_user:
         fields["backing"] = ImageSpec(str(path.parent / "base"), geometry.base, read_only=True)
+    elif geometry.base and not driver_for(geometry.fmt).declares_backing_format:
+        fields["backing"] = ImageSpec("", geometry.base, read_only=True)
     return ImageSpec(str(path), geometry.fmt, secret=geometry.secret or None, **fields)
 
 
