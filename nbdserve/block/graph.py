@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -157,10 +158,8 @@ async def _open_named(
     if format_name is None:
         hint = f"qemu-img rebase -u -F FORMAT -b {backing.name} {layer.path}"
         if not layer.declares_backing_format:
-            hint = (
-                f"{layer.name} headers have no room for it, so say at each use: "
-                f"--image-opts driver={layer.name},file.filename={layer.path},backing.driver=FORMAT"
-            )
+            told = {"driver": layer.name, "file.filename": layer.path, "backing.driver": "FORMAT"}
+            hint = f"{layer.name} headers have no room for it, so say it at each use: json:{json.dumps(told)}"
         raise ImageError(
             layer.path,
             "the header declares no format for it, and a backing format is never guessed",

@@ -100,7 +100,13 @@ async def _collect(
         if not backing_chain or backing is None:
             return layers
         if backing.format is None:
-            raise ImageError(path, "the header declares no format for it", field="backing file", value=backing.name)
+            raise ImageError(
+                path,
+                "the header declares no format for it",
+                field="backing file",
+                value=backing.name,
+                hint="ask for each image of the chain by itself",
+            )
         if len(seen) >= MAX_CHAIN_DEPTH:
             raise ImageError(
                 file, f"the chain has more than {MAX_CHAIN_DEPTH} layers", field="backing file", value=path

@@ -26,6 +26,7 @@ from nbdserve.cli.image.common import (
     SecretFileOption,
     roots_for,
 )
+from nbdserve.config.image_opts import image_from_filename
 from nbdserve.config.secrets import chosen_secret
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO
@@ -58,7 +59,8 @@ def map_image(
     start = _size(start_offset, "start offset")
     length = None if max_length is None else _size(max_length, "max length")
     secret = chosen_secret(secret_file, secret_env)
-    spec = ImageSpec(file, format_name, read_only=True, force_share=force_share, secret=secret)
+    flags = ImageSpec(file, format_name, read_only=True, force_share=force_share, secret=secret)
+    spec = image_from_filename(file, flags)
     asyncio.run(_map(spec, start, length, output, image_root))
     return 0
 

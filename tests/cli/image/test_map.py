@@ -84,3 +84,21 @@ def test_a_bad_size_is_named(option: list[str], tmp_path: Path, monkeypatch: pyt
     ours = image(monkeypatch, "map", *option, tmp_path / "raw")
     assert ours.code == 1
     assert option[1] in ours.err
+
+
+@needs_qemu
+@pytest.mark.parametrize("fmt", ["qed", "qcow"])
+def test_the_user_gives_the_format_of_the_backing_file(
+    fmt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert qemu_img("create", "-q", "-f", "qcow2", "base", "4M").code == 0
+    assert qemu_img("create", "-q", "-f", fmt, "-b", "base", "-F", "qcow2", "top").code == 0
+    for name, write in (("base", "write 1M 1M"), ("top", "write 1536k 128k"), ("top", "write 3M 64k")):
+        subprocess.run(["qemu-io", "-c", write, name], check=True, capture_output=True)
+    told = f'json:{{"driver": "{fmt}", "file.filename": "top", "backing.driver": "qcow2"}}'
+    ours = image(monkeypatch, "map", "--output", "json", told)
+    assert ours.json() == qemu_img("map", "--output", "json", "top").json()
+    refused = image(monkeypatch, "map", "-f", fmt, "top")
+    assert refused.code == 1
+    assert "never guessed" in refused.err
