@@ -100,6 +100,14 @@ class RawDriver(FormatDriver):
             start = int(runs.start[-1] + runs.length[-1]) - self._window_offset
             yield RunArray(runs.start - self._window_offset, runs.length, runs.kind, runs.start)
 
+    async def resize(self, size: int) -> None:
+        """Cut the file or make it longer."""
+        if self._window_offset or self.size != self.storage.size:
+            raise ConfigError(f"{self.path}: a window of a file cannot be resized")
+        await self.storage.truncate(size)
+        self.size = size
+        await self.flush()
+
     async def close(self) -> None:
         """Flush and release; raw has no clean-close mark."""
         try:

@@ -36,6 +36,7 @@ def test_defining_a_method_is_what_makes_the_capability_true() -> None:
         "companions",
     ]
     assert RawDriver.can("create")
+    assert RawDriver.can("resize")
     assert not RawDriver.can("check")
     assert PartsDriver.can("accept_backing")
     assert not RawDriver.can("accept_backing")

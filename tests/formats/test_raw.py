@@ -99,3 +99,17 @@ def test_capabilities_are_what_is_defined() -> None:
     assert not RawDriver.can("allocate")
     assert not RawDriver.can("check")
     assert not RawDriver.can("discard")
+
+
+async def test_resize_is_for_whole_files() -> None:
+    storage = MemoryStorage(b"x" * 1000)
+    driver = await RawDriver.open(storage, {}, read_only=False)
+    for size in (3000, 500, 512):
+        await driver.resize(size)
+        assert (driver.size, storage.size) == (size, size)
+    assert await storage.read(0, 512) == b"x" * 500 + bytes(12)
+    for options in ({"offset": 100}, {"size": 100}):
+        window = await RawDriver.open(storage, options, read_only=False)
+        with pytest.raises(ConfigError, match="window"):
+            await window.resize(1000)
+    assert storage.size == 512

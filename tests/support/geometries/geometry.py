@@ -82,6 +82,8 @@ class Kit:
     """Further ones, for the differential rounds alone."""
     readable: tuple[Geometry, ...] = ()
     """Shapes that can only be read."""
+    create: tuple[str, ...] = ("",)
+    """Creation options to try, each as after ``-o``. A raw file ``base`` of 1 MiB is there to be named."""
     stock_check: bool = False
     """``qemu-img check`` knows the format."""
     crash_codes: tuple[int, ...] = (0, 3)
