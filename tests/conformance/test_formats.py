@@ -328,7 +328,7 @@ def test_what_is_made_is_what_was_asked_for(name: str, options: str, size: int, 
         known = subprocess.run(["qemu-img", "info", "-f", name, path], capture_output=True, check=False, cwd=tmp_path)
         if known.returncode == 0:
             assert images.info(path, name)["virtual-size"] == made
-        if KITS[name].stock_check:
+        if known.returncode == 0 and KITS[name].stock_check:
             images.check(path, name, leaks_allowed=True)  # it finds leaks in its own empty Parallels images of 256 GiB
 
 
