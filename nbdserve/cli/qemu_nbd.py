@@ -92,7 +92,7 @@ Connections:
   -v, --verbose             print the URI clients connect to
 
 The image:
-  -f, --format=FORMAT       raw or qcow2; without it the file is probed
+  -f, --format=FORMAT       raw, qcow2, vmdk, vpc, ...; without it the file is probed
       --image-opts          FILE is driver=...,file.filename=...
   -o, --offset=OFFSET       where the disk begins in the image
   -r, --read-only           refuse writes

@@ -109,8 +109,8 @@ class ExportOptions(_Options):
     )
     format: str | None = Field(
         default=None,
-        description='Its format, "raw" or "qcow2". Say it: without it the file is probed, and then writes that would '
-        "make a raw image look like another format are refused.",
+        description='Its format: "raw", "qcow2", "vmdk" ... Say it: without it the file is probed, and then writes '
+        "that would make a raw image look like another format are refused.",
         examples=["qcow2"],
     )
     description: str = Field(default="", description="A text for people, shown by nbdinfo.")

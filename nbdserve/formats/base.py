@@ -128,6 +128,10 @@ class FormatDriver(ABC):
     create_options: ClassVar[tuple[CreateOption, ...]] = ()
     has_snapshots: ClassVar[bool] = False
     """``open`` takes ``snapshot``, the id or name of an internal snapshot, and is then read-only."""
+    backing_formats: ClassVar[tuple[str, ...] | None] = ()
+    """What an image of this format may have below it: these formats, or any (None)."""
+    repairs: ClassVar[bool] = True
+    """``check`` mends what it is told to."""
     declares_backing_format: ClassVar[bool] = True
     """The header has a word for every format of a backing file; else the user gives it at each use."""
     takes_data_file: ClassVar[bool] = False

@@ -43,6 +43,7 @@ class QcowDriver(TwoLevelDriver):
 
     name = "qcow"
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
+    backing_formats: ClassVar[tuple[str, ...] | None] = None
     declares_backing_format = False
     stored = ">u8"
 

@@ -57,6 +57,7 @@ class Qcow2Image(FormatDriver):
 
     name: ClassVar[str] = "qcow2"
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
+    backing_formats: ClassVar[tuple[str, ...] | None] = None
     has_snapshots: ClassVar[bool] = True
     takes_data_file: ClassVar[bool] = True
 

@@ -50,6 +50,7 @@ class QedDriver(TwoLevelDriver):
 
     name = "qed"
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
+    backing_formats: ClassVar[tuple[str, ...] | None] = None
     declares_backing_format = False
     stored = "<u8"
 

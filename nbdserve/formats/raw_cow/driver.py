@@ -43,6 +43,7 @@ class RawCowDriver(FormatDriver):
 
     name: ClassVar[str] = "raw-cow"
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
+    backing_formats: ClassVar[tuple[str, ...] | None] = None
     keeps_companions: ClassVar[bool] = True
     takes_data_file: ClassVar[bool] = True
 

@@ -52,6 +52,7 @@ class VdiDriver(FlatImage):
     """One open VDI image."""
 
     name: ClassVar[str] = "vdi"
+    backing_formats: ClassVar[tuple[str, ...] | None] = ("vdi",)
     create_options: ClassVar[tuple[CreateOption, ...]] = (
         CreateOption(
             "backing_file", "File name of the parent: make a differencing image, which does not store the name"
