@@ -86,7 +86,8 @@ async def end_of_blocks(file: Storage, structure: Structure) -> int:
     CorruptImageError for a block that lies past the end of the file or on the image's own tables: writing would damage
     the tables, or give the place out a second time.
     """
-    end = align_up(file.size, MIB)
+    # A block device has its size, and not its content, to the end.
+    end = align_up(file.size, MIB) if file.grows_zeroed else max(stop for _, stop in structure.places())
     async for entries in scan(file, structure):
         if not (entries.state != NOT_PRESENT).any():
             continue

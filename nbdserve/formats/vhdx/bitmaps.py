@@ -23,8 +23,15 @@ ALL: Final = (1 << WORD) - 1
 def run_at(table: L2Table, bit: int, limit: int) -> tuple[bool, int]:
     """Whether ``bit`` is set, and how many bits from it on are the same, at most ``limit``."""
     entries = table.entries
-    index, shift = divmod(bit, WORD)
+    index, shift = bit >> 6, bit & 63
     word = entries[index]
+    if shift + limit <= WORD:
+        mask = (1 << limit) - 1
+        inside = word >> shift & mask
+        if inside == mask:
+            return True, limit
+        if not inside:
+            return False, limit
     value = bool(word >> shift & 1)
     flip = ALL if value else 0
     # Bits that differ from the first one, from here on.

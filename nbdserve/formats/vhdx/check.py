@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -57,12 +58,10 @@ async def _check_copies(storage: Storage, file: Storage, structure: Structure, r
             # A header write that was torn leaves this, and so it is no corruption: the other one is meant for it.
             result.messages.append(f"header {number} is not valid, the other one is used")
     tables = await read_copies(file, layout.REGION_TABLE_OFFSETS, layout.REGION_TABLE_LENGTH)
-    expected = layout.build_region_table(structure.regions)
     for number, data in enumerate(tables, 1):
         if not _says_the_same(data, structure):
             result.corruptions += 1
             result.messages.append(f"region table {number} is not valid, or not the same as the other one")
-    assert len(expected) == layout.REGION_TABLE_LENGTH
 
 
 def _says_the_same(data: bytes, structure: Structure) -> bool:
@@ -153,7 +152,6 @@ async def _repair(driver: VhdxImage, result: CheckResult) -> None:
     storage, structure = driver.storage, driver.structure
     refuse_writing(storage)
     headers = HeaderWriter(storage, structure.header, structure.header_copy)
-    renew = False
     if structure.overlay is not None:
         await write_replayed(structure.overlay)
         result.corruptions_fixed += 1
@@ -168,4 +166,4 @@ async def _repair(driver: VhdxImage, result: CheckResult) -> None:
     renew = any(Header.parse(data) is None for data in copies)
     if renew or structure.header.log_guid != NO_GUID:
         result.corruptions_fixed += renew
-        await headers.update(log_guid=NO_GUID)
+        await headers.update(file_write_guid=uuid4(), log_guid=NO_GUID)

@@ -35,6 +35,7 @@ from nbdserve.storage.base import Storage
 from nbdserve.units import MIB
 
 _INDEX_MASK: Final = (1 << TABLE_ENTRY_BITS) - 1
+_BIT_MASK: Final = (1 << PART_BITS) - 1
 _PARTS_PER_BITMAP_BITS: Final = 4
 """log2 of the cached parts in a sector bitmap block (1 MiB)."""
 
@@ -50,6 +51,7 @@ class DifferencingDriver(VhdxDriver):
         self.granularity = structure.parameters.sector_size
         self.bitmaps = L2Cache(TABLE_BYTES, stored=STORED)
         """Sector bitmaps, in parts of TABLE_BYTES by number."""
+        self._recent_bitmaps = self.bitmaps.recent
         self._sector_bits = self.granularity.bit_length() - 1
         self._preparing = asyncio.Lock()
 
@@ -69,20 +71,24 @@ class DifferencingDriver(VhdxDriver):
         """The bit of the sector at ``offset``; None if it is not in memory."""
         sector = offset >> self._sector_bits
         table = self.bitmaps.find(sector >> PART_BITS)
-        return None if table is None else (table, sector & (1 << PART_BITS) - 1)
+        return None if table is None else (table, sector & _BIT_MASK)
 
     def _lookup_other(self, table: L2Table, block: int, offset: int, length: int) -> Run | None:
         entry = table.entries[self._index(block) & _INDEX_MASK]
         if entry & STATE_MASK != PARTIALLY_PRESENT:
             return super()._lookup_other(table, block, offset, length)
-        part = self._part(offset)
-        if part is None:
+        sector = offset >> self._sector_bits
+        bits = self._recent_bitmaps.get(sector >> PART_BITS) or self.bitmaps.find(sector >> PART_BITS)
+        if bits is None:
             return None
         inside = offset & self._block_mask
-        length = min(length, self._block_mask + 1 - inside)
-        skip = offset & self.granularity - 1
-        here, sectors = run_at(*part, (skip + length + self.granularity - 1) >> self._sector_bits)
-        length = min(length, (sectors << self._sector_bits) - skip)
+        rest = self._block_mask + 1 - inside
+        if length > rest:  # noqa: PLR1730 - a call costs more than the rest of this method
+            length = rest
+        sectors = ((offset + length - 1) >> self._sector_bits) - sector + 1
+        here, same = run_at(bits, sector & _BIT_MASK, sectors)
+        if same < sectors:
+            length = ((sector + same) << self._sector_bits) - offset
         if not here:
             return UNALLOCATED, length, -1
         host_offset = (entry & OFFSET_MASK) + inside
@@ -143,7 +149,7 @@ class DifferencingDriver(VhdxDriver):
 
     def allocate(self, offset: int, length: int) -> Allocation | None:
         """Sectors of a block that is here in part, or of a new one; or new blocks as a whole."""
-        found = self._find(offset) if self._may_change() and not self._is_crowded else None
+        found = self._find(offset) if self._may_change() else None
         if found is None:
             return None
         table, index, entry = found
@@ -220,7 +226,7 @@ class DifferencingDriver(VhdxDriver):
             if state in (NOT_PRESENT, PARTIALLY_PRESENT):
                 await self._ensure_bitmap(block)
                 await self._load_part(offset)
-            elif state <= UNMAPPED and not self._is_crowded:
+            elif state <= UNMAPPED:
                 await self._materialise(block)
 
     async def _ensure_bitmap(self, block: int) -> None:

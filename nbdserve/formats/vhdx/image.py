@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final, Self
 from uuid import uuid4
 
 from nbdserve.errors import ImageError, RequestError
-from nbdserve.formats.append_space import AppendSpace
+from nbdserve.formats.append_space import UNBOUNDED, AppendSpace
 from nbdserve.formats.base import BackingReference, CheckResult, CreateOption, FormatDriver, ImageInfo
 from nbdserve.formats.ordered_commit import Batch, OrderedCommit, Stage
 from nbdserve.formats.tables import L2Cache, L2Table, Piece, StoredForm, decode_table
@@ -23,7 +23,7 @@ from nbdserve.formats.vhdx.log_writer import LogWriter
 from nbdserve.formats.vhdx.replay import write_replayed
 from nbdserve.formats.vhdx.structure import HeaderWriter, Structure, read_structure, refuse_writing
 from nbdserve.storage.base import Storage
-from nbdserve.units import KIB, MIB, align_up
+from nbdserve.units import KIB, MIB, SECTOR_SIZE, align_up
 
 TABLE_BYTES: Final = 64 * KIB
 """The part of the BAT, or of a sector bitmap, that is read and cached at once."""
@@ -65,6 +65,8 @@ class VhdxImage(FormatDriver):
         self._begun = False
         """The headers say that the content is not what it was."""
         self._wants_begin = False
+        self._wants_room = False
+        """So many tables differ from the disk that they are to be written back before more do."""
         self._beginning: asyncio.Task[None] | None = None
         self._broken = ""
         """Why nothing may be changed any more."""
@@ -100,13 +102,14 @@ class VhdxImage(FormatDriver):
         if structure.overlay is not None:
             await write_replayed(structure.overlay)
         if header.log_guid != NO_GUID:
-            await headers.update(log_guid=NO_GUID)
+            await headers.update(file_write_guid=uuid4(), log_guid=NO_GUID)
         self.structure = replace(structure, overlay=None, header=headers.header)
         self.data = self.storage
         self.host_limit = self.storage.size
         self._headers = headers
         self._log = LogWriter(self.storage, headers)
-        self.space = AppendSpace(self.storage, MIB, end, punch=options.get("discard") == "unmap")
+        limit = UNBOUNDED if self.storage.grows_zeroed else self.storage.size
+        self.space = AppendSpace(self.storage, MIB, end, limit=limit, punch=options.get("discard") == "unmap")
         self._commit = OrderedCommit(self.storage, self._collect)
         self.read_only = False
 
@@ -140,6 +143,11 @@ class VhdxImage(FormatDriver):
         """ConfigError for every bad option or size."""
         cls.check_option_names(options)
         plan_image(size, options)
+
+    @classmethod
+    def created_size(cls, size: int, options: Mapping[str, str]) -> int:
+        """Whole sectors."""
+        return align_up(size, SECTOR_SIZE)
 
     @classmethod
     async def create(
@@ -212,7 +220,16 @@ class VhdxImage(FormatDriver):
         if self._broken:
             raise RequestError(errno.EIO, self._broken)
         self._wants_begin = not self._begun
-        return self._begun
+        self._wants_room = any(cache.crowded for cache in self._changed_tables())
+        return self._begun and not self._wants_room
+
+    async def _make_ready(self) -> None:
+        """What ``_may_change`` has found missing."""
+        if self._wants_begin:
+            await self._begin()
+        if self._wants_room:
+            self._wants_room = False
+            await self._commit.commit()
 
     async def _begin(self) -> None:
         """Before the first change: the identities of file and data change, so that no child takes this for its parent.
@@ -241,7 +258,7 @@ class VhdxImage(FormatDriver):
                 self._collect_pages(stage, cache, table)
             cache.changed.clear()
         self._log.stable_size = self.storage.size
-        self._log.end = align_up(max(self.storage.size, self.space.end), MIB)
+        self._log.end = max(self.storage.size, self.space.end)
         batch.free(self.space)
 
     @staticmethod
@@ -253,10 +270,6 @@ class VhdxImage(FormatDriver):
             pieces += table.pieces(range(first, first + PAGE // 512))
         stage.add(pieces, partial(_undo, cache, table, sectors))
         table.dirty.clear()
-
-    @property
-    def _is_crowded(self) -> bool:
-        return any(cache.crowded for cache in self._changed_tables())
 
     async def flush(self) -> None:
         """Everything published so far, and the data behind it, is stable on return."""

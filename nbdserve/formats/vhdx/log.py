@@ -8,6 +8,7 @@ by the numbers of their entries, and entries of another life of the log by the G
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -151,8 +152,11 @@ class LogReader:
         if self._guid == NO_GUID:
             return []
         entries: dict[int, Entry] = {}
-        for position in await self._candidates():
-            entry = await self._read_entry(position)
+        marks, candidates = await self._candidates()
+        for position in candidates:
+            after = bisect_right(marks, position)
+            following = marks[after] if after < len(marks) else marks[0] + self._length
+            entry = await self._read_entry(position, following - position)
             if entry is not None:
                 entries[position] = entry
         sequence = _newest_sequence(entries, self._length)
@@ -178,9 +182,10 @@ class LogReader:
             result += self._decode(await self._read(entry.position, entry.length))
         return result
 
-    async def _candidates(self) -> list[int]:
-        """Positions with an entry's signature and this log's GUID. Holes of the file are skipped."""
-        found: list[int] = []
+    async def _candidates(self) -> tuple[list[int], list[int]]:
+        """Positions with an entry's signature, and those of them with this log's GUID. Holes are skipped."""
+        marks: set[int] = set()
+        found: set[int] = set()
         end = self._offset + self._length
         at = self._offset
         while at < end:
@@ -188,21 +193,20 @@ class LogReader:
             for start, length, kind in zip(runs.start.tolist(), runs.length.tolist(), runs.kind.tolist(), strict=True):
                 if kind != ZERO:
                     first = start - (start - self._offset) % PAGE
-                    found += await self._scan(first, start + length)
+                    await self._scan(first, start + length, marks, found)
             at = int(runs.start[-1] + runs.length[-1])
         if len(found) > MAX_ENTRIES:
             raise UnsupportedImageError(self._path, f"at most {MAX_ENTRIES}", field="log entries", value=len(found))
-        return sorted(set(found))
+        return sorted(marks), sorted(found)
 
-    async def _scan(self, start: int, end: int) -> list[int]:
-        found: list[int] = []
+    async def _scan(self, start: int, end: int, marks: set[int], found: set[int]) -> None:
         for at in range(start, end, _SCAN_BYTES):
             length = min(_SCAN_BYTES, self._offset + self._length - at, div_ceil(end - at, PAGE) * PAGE)
             pages = np.frombuffer(await self._storage.read(at, length), np.uint8).reshape(-1, PAGE)
             hits = (pages[:, :4] == np.frombuffer(ENTRY_SIGNATURE, np.uint8)).all(axis=1)
+            marks.update((at - self._offset + np.flatnonzero(hits) * PAGE).tolist())
             hits &= (pages[:, 32:48] == np.frombuffer(self._guid.bytes_le, np.uint8)).all(axis=1)
-            found += (at - self._offset + np.flatnonzero(hits) * PAGE).tolist()
-        return found
+            found.update((at - self._offset + np.flatnonzero(hits) * PAGE).tolist())
 
     async def _read(self, position: int, length: int) -> bytes:
         """A range of the ring."""
@@ -210,17 +214,17 @@ class LogReader:
         data = bytes(await self._storage.read(self._offset + position, first))
         return data + bytes(await self._storage.read(self._offset, length - first)) if first < length else data
 
-    async def _read_entry(self, position: int) -> Entry | None:
+    async def _read_entry(self, position: int, room: int) -> Entry | None:
         """The entry at ``position``; None when it is not valid.
 
-        Its form is looked at before its checksum: pages of a well-formed entry begin with other signatures than
-        entries do, so that no page is part of two checksums, whatever the lengths say.
+        ``room``: the bytes up to the next page that begins like an entry, which no page inside of one does. So no page
+        is read, and summed, as a part of two entries, whatever their lengths say.
         """
         head = ENTRY_HEAD.parse(await self._read(position, _HEAD_LENGTH))
         count, length = head.descriptor_count, head.entry_length
         if (
             not head.sequence_number
-            or not 0 < length <= min(self._length, MAX_ENTRY)
+            or not 0 < length <= min(room, self._length, MAX_ENTRY)
             or length % PAGE
             or head.tail % PAGE
             or head.tail >= self._length

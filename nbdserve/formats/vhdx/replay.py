@@ -28,6 +28,7 @@ class ReplayedStorage(Storage):
         self.read_only = True
         self.size = max(inner.size, size)
         self.alignment = inner.alignment
+        self.grows_zeroed = inner.grows_zeroed
         self.pages: dict[int, bytes] = {}
         """By page number."""
         self.zeroes: list[tuple[int, int]] = []

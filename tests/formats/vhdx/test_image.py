@@ -310,3 +310,55 @@ async def test_a_child_of_a_parent_that_was_not_closed() -> None:
     assert await chain.read(0, 10) == b"bel!wbelow"
     assert stored(left) == before
     assert left.size < GIB
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "differencing"])
+async def test_many_changed_tables_are_written_back(kind: str) -> None:
+    """However many there are, a few are in memory; zeroing and writing go on, without a flush by the guest."""
+    size = 256 * GIB
+    parent = await made(size, "block_size=256M")
+    if kind == "dynamic":
+        storage = await made(size, "block_size=1M,block_state_zero=off")
+        node = await node_on(storage)
+    else:
+        storage = await child_of(parent, size)
+        node = await node_on(storage, parent)
+    driver = driver_of(node)
+    for cache in driver._changed_tables():
+        cache._generation = 1
+    for number in range(12):
+        await node.write(number * 20 * GIB + 512, b"x" * 512)
+        await node.zero(number * 20 * GIB + MIB, MIB)
+        assert all(len(cache.changed) <= 3 for cache in driver._changed_tables())
+    await finish(node)
+    again = await node_on(*([storage] if kind == "dynamic" else [storage, parent]), read_only=True)
+    for number in range(12):
+        assert await again.read(number * 20 * GIB, 1024) == bytes(512) + b"x" * 512
+
+
+class _Device(MemoryStorage):
+    """What a block device is: as long as it is, and full of other bytes."""
+
+    grows_zeroed = False
+
+    async def truncate(self, size: int) -> None:
+        if size > self.size:
+            raise OSError(22, "a block device cannot grow")
+
+
+async def test_a_block_device() -> None:
+    device = _Device(b"\xee" * (10 * MIB + 512))
+    await VhdxDriver.create(device, 8 * MIB, {"block_size": "1M"})
+    node = await node_on(device)
+    model = bytearray(8 * MIB)
+    for at in range(6):
+        await node.write(at * MIB + 1000, b"x" * 5000)
+        model[at * MIB + 1000 : at * MIB + 6000] = b"x" * 5000
+    with pytest.raises(OSError, match="cannot address more"):
+        await node.write(7 * MIB, b"x")
+    await node.flush()
+    assert await node.read(0, 8 * MIB) == model
+    await finish(node)
+    again = await node_on(device, read_only=True)
+    assert await again.read(0, 8 * MIB) == model
+    assert (await again.top.check()).corruptions == 0
