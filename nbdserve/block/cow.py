@@ -88,7 +88,7 @@ async def _write_new(node: Node, offset: int, data: memoryview) -> int:
             # A cancelled write may still be under way in a worker thread: its space is then leaked, never reused.
             top.abandon(allocation)
             raise
-        top.publish(allocation)
+        node.publish(allocation)
         return end - offset
 
 
@@ -169,7 +169,7 @@ async def zero(node: Node, offset: int, length: int, *, unmap: bool, fast: bool 
             continue
         stop = min(stop, start + _STRETCH)
         async with node.locks.exclusive(align_down(start, top.cluster_size), align_up(stop, top.cluster_size)):
-            while (done := top.zero(start, stop - start, unmap=unmap)) is None:
+            while (done := node.zero_mapping(start, stop - start, unmap=unmap)) is None:
                 await top.load(start)
         if not done:
             done = min(stop - start, _STRETCH)
@@ -212,7 +212,7 @@ async def discard(node: Node, offset: int, length: int) -> None:
         stop = min(end, offset + _STRETCH)
         async with node.locks.exclusive(align_down(offset, top.cluster_size), align_up(stop, top.cluster_size)):
             if top.can("discard"):
-                while (done := top.discard(offset, stop - offset)) is None:
+                while (done := node.discard_mapping(offset, stop - offset)) is None:
                     await top.load(offset)
             else:
                 kind, done, host_offset = await _lookup_writable(node, offset, stop - offset)

@@ -13,10 +13,12 @@ from typing import Final
 from nbdserve.block import cow
 from nbdserve.block.chain import NEEDS_TABLE, resolve
 from nbdserve.block.pieces import Piece, add_piece, zero_pieces
+from nbdserve.block.places import LAYER_MASK, Places
 from nbdserve.block.requests import RangeLocks
 from nbdserve.block.writer import WRITE_DONE, WRITE_WAIT, BatchWriter, Done
+from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, ZERO
-from nbdserve.formats.base import FormatDriver
+from nbdserve.formats.base import Allocation, FormatDriver
 from nbdserve.storage.base import ReadBuffer, Storage
 from nbdserve.units import MIB
 
@@ -64,6 +66,9 @@ class Node:
         self._flush_covers = 0
         self._steps = [(layer.lookup, layer.size, layer.data) for layer in self.layers]
         self._plain_writes = not (self.read_only or writethrough or guard_probed_raw or detect_zeroes != "off")
+        self._places = Places(self.layers)
+        if Places.worthwhile(self.layers):
+            self.try_read_into = self._try_read_placed  # type: ignore[method-assign]
 
     @property
     def data(self) -> Storage:
@@ -91,6 +96,21 @@ class Node:
             if kind == COMPRESSED:
                 return READ_WAIT
         return READ_ZERO
+
+    def _try_read_placed(self, offset: int, buffer: memoryview) -> int:
+        """``try_read_into`` with the places of whole clusters remembered."""
+        places = self._places
+        inside = offset & places.mask
+        if inside + len(buffer) > places.cluster_size:
+            return Node.try_read_into(self, offset, buffer)
+        place = places.readable.get(offset >> places.bits)
+        if place is None:
+            outcome = Node.try_read_into(self, offset, buffer)
+            if outcome == READ_DATA:
+                places.learn_readable(offset)
+            return outcome
+        data = self.layers[place & LAYER_MASK].data
+        return READ_DATA if data.try_read_into((place >> 8) + inside, buffer) else READ_WAIT
 
     def locate_read(self, offset: int, length: int) -> tuple[Storage, int] | None:
         """The storage and host offset of a range that is one run of data and may be sent straight from there.
@@ -172,6 +192,28 @@ class Node:
 
     # --- writes ----------------------------------------------------------------------------------------------------
 
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        """Overwrite in place without waiting; False if that is not possible: use ``submit_write``."""
+        if not self._plain_writes:
+            return False
+        places = self._places
+        inside = offset & places.mask
+        host_offset = places.writable.get(offset >> places.bits)
+        if host_offset is None or inside + len(data) > places.cluster_size:
+            try:
+                run = self.top.lookup_writable(offset, len(data))
+                if run is None or run[0] != DATA or run[1] < len(data):
+                    return False
+                if places.mask:
+                    places.learn_writable(offset)
+            except (OSError, RequestError):
+                return False  # the caller's other way meets it again, and reports it
+            host_offset, inside = run[2], 0
+        if not self.top.data.try_write(host_offset + inside, data):
+            return False
+        self.changes += 1
+        return True
+
     def submit_write(self, offset: int, data: memoryview, done: Done) -> int:
         """Write without waiting, or together with others: WRITE_DONE, WRITE_TAKEN or WRITE_WAIT.
 
@@ -214,6 +256,27 @@ class Node:
             finally:
                 self.changes += 1
         await self._settle(fua)
+
+    def publish(self, allocation: Allocation) -> None:
+        """The data of a new allocation is written: show it."""
+        try:
+            self.top.publish(allocation)
+        finally:
+            self._places.forget(allocation.offset, allocation.length)
+
+    def zero_mapping(self, offset: int, length: int, *, unmap: bool) -> int | None:
+        """``FormatDriver.zero`` of the top layer."""
+        try:
+            return self.top.zero(offset, length, unmap=unmap)
+        finally:
+            self._places.forget(offset, length)
+
+    def discard_mapping(self, offset: int, length: int) -> int | None:
+        """``FormatDriver.discard`` of the top layer."""
+        try:
+            return self.top.discard(offset, length)
+        finally:
+            self._places.forget(offset, length)
 
     @property
     def is_stable(self) -> bool:

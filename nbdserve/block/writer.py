@@ -117,7 +117,7 @@ class BatchWriter:
             return WRITE_WAIT
         if not self._queue and self._data.try_write(*write.pieces[0]):
             assert write.allocation is not None
-            self._top.publish(write.allocation)
+            self._node.publish(write.allocation)
             return WRITE_DONE
         if end - start == mask + 1:
             self._allocating[start] = write
@@ -193,7 +193,7 @@ class BatchWriter:
     def _settle(self, write: _Write, error: Exception | None) -> None:
         try:
             if write.allocation is not None:
-                (self._top.publish if error is None else self._top.abandon)(write.allocation)
+                (self._node.publish if error is None else self._top.abandon)(write.allocation)
         except Exception as failure:
             error = failure
         self._node.changes += 1

@@ -18,11 +18,13 @@ from nbdserve.protocol.codec import EXTENDED, EXTENDED_REQUEST, REQUEST, SIMPLE
 from nbdserve.protocol.constants import (
     CMD_DISC,
     CMD_FLAG_PAYLOAD_LEN,
+    CMD_READ,
     CMD_WRITE,
     EXTENDED_REPLY_MAGIC,
     EXTENDED_REQUEST_MAGIC,
     MAX_DRAINED_PAYLOAD,
     REPLY_FLAG_DONE,
+    REPLY_NONE,
     REPLY_OFFSET_DATA,
     REQUEST_MAGIC,
     SIMPLE_REPLY_MAGIC,
@@ -46,9 +48,16 @@ INLINE_PAYLOAD: Final = 64 << 10
 _SIMPLE_READ: Final = Struct(">IIQ")
 _STRUCTURED_READ: Final = Struct(">IHHQIQ")
 _EXTENDED_READ: Final = Struct(">IHHQQQQ")
+_WORDS: Final = Struct(">QQQI")
+_EXTENDED_WORDS: Final = Struct(">QQQQ")
+_STRUCTURED_WORDS: Final = Struct(">QQI")
+_SIMPLE_WORDS: Final = Struct(">QQ")
+"""Requests and replies with their first three fields, which are constant for one kind of them, as one number."""
 
 PackReadHead: TypeAlias = Callable[[bytearray | mmap, int, int, int, int], None]
 """``pack(buffer, position, cookie, offset, length)``: write what precedes the data of a whole READ reply."""
+PackWriteReply: TypeAlias = Callable[[bytearray | mmap, int, int, int], None]
+"""``pack(buffer, position, cookie, offset)``: write the reply to a WRITE that succeeded."""
 
 
 def read_head_size(mode: int) -> int:
@@ -79,6 +88,40 @@ def pack_read_head(mode: int) -> PackReadHead:
     pack_structured = _STRUCTURED_READ.pack_into
     return lambda buffer, position, cookie, offset, length: pack_structured(
         buffer, position, STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_OFFSET_DATA, cookie, length + 8, offset
+    )
+
+
+def plain_requests(mode: int) -> tuple[Struct, int, int]:
+    """How to recognise READs and WRITEs without flags at one look: ``(words, read, write)``.
+
+    ``words`` unpacks a request to ``(head, cookie, offset, length)``, where the head is magic, flags and type in one.
+    With extended headers a WRITE carries PAYLOAD_LEN.
+    """
+    if mode == EXTENDED:
+        magic = EXTENDED_REQUEST_MAGIC << 32
+        return _EXTENDED_WORDS, magic | CMD_READ, magic | CMD_FLAG_PAYLOAD_LEN << 16 | CMD_WRITE
+    return _WORDS, REQUEST_MAGIC << 32 | CMD_READ, REQUEST_MAGIC << 32 | CMD_WRITE
+
+
+def pack_write_reply(mode: int) -> tuple[PackWriteReply, int]:
+    """The function that writes the reply to a WRITE that was done, and its size; for the same reason as above."""
+    if mode == SIMPLE:
+        pack_simple, simple = _SIMPLE_WORDS.pack_into, SIMPLE_REPLY_MAGIC << 32
+        return (
+            lambda buffer, position, cookie, offset: pack_simple(buffer, position, simple, cookie),
+            _SIMPLE_WORDS.size,
+        )
+    done = REPLY_FLAG_DONE << 16 | REPLY_NONE
+    if mode == EXTENDED:
+        pack_extended, extended = _EXTENDED_WORDS.pack_into, EXTENDED_REPLY_MAGIC << 32 | done
+        return (
+            lambda buffer, position, cookie, offset: pack_extended(buffer, position, extended, cookie, offset, 0),
+            _EXTENDED_WORDS.size,
+        )
+    pack_structured, structured = _STRUCTURED_WORDS.pack_into, STRUCTURED_REPLY_MAGIC << 32 | done
+    return (
+        lambda buffer, position, cookie, offset: pack_structured(buffer, position, structured, cookie, 0),
+        _STRUCTURED_WORDS.size,
     )
 
 
@@ -162,6 +205,17 @@ class RequestParser:
     def reload(self) -> None:
         """Put saved bytes back, to go on with ``next_batch`` without receiving."""
         self.feed(b"")
+
+    def unparsed(self) -> tuple[int, int]:
+        """Where in the receive buffer the next request begins and what was received ends; nothing while one is cut."""
+        if self._payload is not None or self._drain or self.disconnected:
+            return 0, 0
+        return self._start, self._end
+
+    def skip_to(self, position: int) -> None:
+        """Somebody else has taken the requests from ``unparsed()[0]`` up to ``position``."""
+        if position:
+            self._start = position
 
     def _skip(self, batch: list[Request], start: int, end: int) -> int:
         """Drop what is there of a refused payload; the pending request joins ``batch`` when all of it is gone."""

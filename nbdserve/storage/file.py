@@ -27,6 +27,7 @@ from nbdserve.storage.syscalls import (
     direct_io_alignment,
     file_system_type,
     logical_block_size,
+    nowait_reader,
 )
 from nbdserve.units import align_down, align_up
 
@@ -191,7 +192,7 @@ class FileStorage(Storage):
             pass
         except OSError:
             return
-        self.try_read_into = self._try_read_nowait  # type: ignore[method-assign]
+        self.try_read_into = nowait_reader(self._fd)  # type: ignore[assignment,method-assign]
         if not self.read_only:
             self.try_write = self._try_write_nowait  # type: ignore[method-assign]
         try:
@@ -199,12 +200,6 @@ class FileStorage(Storage):
         except OSError:
             return
         self.can_send = self._is_cached  # type: ignore[method-assign]
-
-    def _try_read_nowait(self, offset: int, buffer: memoryview) -> bool:
-        try:
-            return os.preadv(self._fd, (buffer,), offset, os.RWF_NOWAIT) == len(buffer)
-        except OSError:
-            return False
 
     def _try_write_nowait(self, offset: int, data: ReadBuffer) -> bool:
         self._changes += 1
@@ -471,6 +466,7 @@ class FileStorage(Storage):
             await self._quiet
         # A read after this fails instead of reaching whatever file gets the number next.
         fd, self._fd = self._fd, -1
+        self.try_read_into = super().try_read_into  # type: ignore[method-assign]
         await self._pool.run(os.close, fd)
 
 

@@ -35,14 +35,11 @@ class InlineWrites:
     def try_write(self, fd: int, offset: int, data: ReadBuffer) -> bool:
         """Write if that should not have to wait; False: do all of it another way."""
         length = len(data)
-        end = offset + length
-        if length > _LONGEST:
-            return False
         started = monotonic()
-        if started < self._paused_until:
+        if length > _LONGEST or started < self._paused_until:
             return False
         try:
-            if (offset | end) & _PAGE_MASK and not (self._is_cached(fd, offset) and self._is_cached(fd, end - 1)):
+            if (offset | length) & _PAGE_MASK and not self._ends_cached(fd, offset, offset + length):
                 return False
             done = os.pwrite(fd, data, offset) == length
         except OSError:
@@ -50,6 +47,10 @@ class InlineWrites:
         if monotonic() - started > _TOO_SLOW:
             self._back_off(started)
         return done
+
+    def _ends_cached(self, fd: int, offset: int, end: int) -> bool:
+        """Whether the pages that are written in part are there; a BlockingIOError otherwise."""
+        return self._is_cached(fd, offset) and self._is_cached(fd, end - 1)
 
     def _is_cached(self, fd: int, offset: int) -> bool:
         return os.preadv(fd, (self._probe,), offset, os.RWF_NOWAIT) == 1

@@ -1,4 +1,4 @@
-"""The Linux calls Python does not wrap. All of them block, release the interpreter lock, and raise OSError."""
+"""The Linux calls Python does not wrap: they block, release the interpreter lock, raise OSError. And the hot preadv."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import os
 import struct
+from collections.abc import Callable
 from typing import Final
 
 FALLOC_FL_KEEP_SIZE: Final = 0x01
@@ -140,3 +141,16 @@ def block_discard(fd: int, offset: int, length: int) -> None:
 def block_zero_out(fd: int, offset: int, length: int) -> None:
     """BLKZEROOUT of whole logical blocks; the kernel writes zeroes where the device has no command for it."""
     fcntl.ioctl(fd, _BLKZEROOUT, struct.pack("=QQ", offset, length))
+
+
+def nowait_reader(fd: int) -> Callable[[int, memoryview], bool]:
+    """``try_read_into`` for ``fd``. A closure finds its values faster than a method does, and this is the hot path."""
+    preadv, flags = os.preadv, os.RWF_NOWAIT
+
+    def try_read_into(offset: int, buffer: memoryview) -> bool:
+        try:
+            return preadv(fd, (buffer,), offset, flags) == len(buffer)
+        except OSError:
+            return False
+
+    return try_read_into

@@ -19,7 +19,7 @@ from nbdserve.block.writer import WRITE_WAIT
 from tests.support.geometries import CRASH_GEOMETRIES, Image, build, named
 from tests.support.images import HAVE_QEMU
 from tests.support.recording import ByteStorage
-from tests.support.workload import submit
+from tests.support.workload import read_as_served, submit
 
 STEPS = int(os.environ.get("NBDSERVE_STEPS", "30"))
 EXAMPLES = int(os.environ.get("NBDSERVE_EXAMPLES", "25"))
@@ -99,7 +99,7 @@ class NodeMachine(RuleBasedStateMachine):
     def read(self, where: float, length: int, unit: int) -> None:
         assert self.node
         offset, length = self.place(where, length, unit)
-        assert self.run(self.node.read(offset, length)) == self.content[offset : offset + length]
+        assert self.run(read_as_served(self.node, offset, length)) == self.content[offset : offset + length]
 
     @rule(where=where, length=length, unit=unit, most=st.sampled_from((1, 2, 1 << 20)))
     def allocation(self, where: float, length: int, unit: int, most: int) -> None:

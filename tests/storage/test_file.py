@@ -179,13 +179,13 @@ async def test_busy_pages_are_tried_again(path: str, monkeypatch: pytest.MonkeyP
     attempts: list[int] = []
     storage = await FileStorage.open(path)
     storage._in_memory = False
-    storage._choose_attempts()
     monkeypatch.setattr(os, "preadv", refuse(errno.EAGAIN, attempts))
     monkeypatch.setattr(os, "pwritev", refuse(errno.EAGAIN, attempts))
+    storage._choose_attempts()
     for _ in range(3):
         assert not storage.try_read_into(0, memoryview(bytearray(10)))
         assert not storage.try_write(0, b"b")
-    assert len(attempts) >= 3
+    assert len(attempts) >= 7, "three of each, and the first look"
     await storage.close()
 
 
@@ -228,9 +228,9 @@ async def test_pages_that_are_not_cached_cannot_be_sent(path: str) -> None:
 async def test_a_partial_attempt_is_no_success(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = await FileStorage.open(path)
     storage._in_memory = False
-    storage._choose_attempts()
     monkeypatch.setattr(os, "preadv", lambda *_: 5)
     monkeypatch.setattr(os, "pwritev", lambda *_: 5)
+    storage._choose_attempts()
     assert not storage.try_read_into(0, memoryview(bytearray(10)))
     assert not storage.try_write(0, b"b" * 10)
     await storage.close()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from nbdserve.block.node import READ_DATA, READ_ZERO, Node
 from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN, WRITE_WAIT, Done
 from nbdserve.units import KIB, MIB, SECTOR_SIZE
 from tests.support.model import ModelDisk, Operation
@@ -155,7 +156,7 @@ class Workload:
 
     async def _read(self, offset: int, length: int) -> None:
         try:
-            content = await self.disk.read(offset, length)
+            content = await read_as_served(self.disk, offset, length)
         except Exception as error:
             self._failed(error)
             return
@@ -217,8 +218,20 @@ class Workload:
         return offset, length - length % SECTOR_SIZE or SECTOR_SIZE
 
 
+async def read_as_served(disk: Disk, offset: int, length: int) -> bytes | bytearray:
+    """Read as a connection does: at once if that is possible."""
+    if isinstance(disk, Node):
+        buffer = bytearray(b"\xdb" * length)
+        outcome = disk.try_read_into(offset, memoryview(buffer))
+        if outcome in (READ_DATA, READ_ZERO):
+            return buffer if outcome == READ_DATA else bytes(length)
+    return await disk.read(offset, length)
+
+
 async def submit(disk: Disk, offset: int, data: bytes, *, lent: bool = True) -> int:
-    """``submit_write``, awaited where it is taken; its outcome. A ``lent`` buffer is used again at once."""
+    """Write as a connection does, awaited where it is taken; the outcome. A ``lent`` buffer is used again at once."""
+    if isinstance(disk, Node) and disk.try_write(offset, memoryview(data)):
+        return WRITE_DONE
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def done(error: Exception | None) -> None:

@@ -1,0 +1,109 @@
+"""The fast lane: plain READs and WRITEs that need no waiting, in one loop from the receive to the reply buffer.
+
+Most requests of most clients are such. No tuple, no rule and no call is made for them that is not needed, which
+leaves the system call as the larger part. The first request that is anything else ends the run, untouched, and
+is the session's.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from nbdserve.block.node import READ_DATA, Node
+from nbdserve.buffers import ReusedBuffer
+from nbdserve.errors import RequestError
+from nbdserve.protocol.transmission import (
+    RequestParser,
+    pack_read_head,
+    pack_write_reply,
+    plain_requests,
+    read_head_size,
+)
+from nbdserve.server.output import Output
+from nbdserve.server.replies import SCRATCH_SIZE, SEND_AT, Replies
+from nbdserve.units import KIB
+
+SEND_FILE_FROM: Final = 32 * KIB
+"""Data this long is sent from the page cache; below it, two system calls more cost what the copy does."""
+
+
+class FastLane:
+    """Of one session, whose ``parser`` and ``replies`` it works on. A session that may not write gives no ``writable``.
+
+    ``size`` is the export's, in bytes.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        parser: RequestParser,
+        received: ReusedBuffer,
+        replies: Replies,
+        output: Output,
+        mode: int,
+        size: int,
+        *,
+        writable: bool,
+    ) -> None:
+        self._node = node
+        self._parser = parser
+        self._received = received
+        self._replies = replies
+        self._output = output
+        self._size = size
+        self._words, self._plain_read, self._plain_write = plain_requests(mode)
+        if not writable:
+            self._plain_write = -1
+        self._head_size = read_head_size(mode)
+        self._pack_head = pack_read_head(mode)
+        self._acknowledge, self._acknowledgement_size = pack_write_reply(mode)
+
+    def run(self) -> bool:
+        """Answer the plain requests that come next, up to the first that is not plain, or cannot be answered now.
+
+        True when nothing is left of what was received.
+        """
+        parser, replies = self._parser, self._replies
+        position, end = parser.unparsed()
+        at, scratch, view = replies.position, replies.scratch.data, replies.scratch.view
+        unpack, request_size = self._words.unpack_from, self._words.size
+        data, payload = self._received.data, self._received.view
+        read, pack_head, head_size = self._node.try_read_into, self._pack_head, self._head_size
+        plain_read, size = self._plain_read, self._size
+        try:
+            while end - position >= request_size:
+                word, cookie, offset, length = unpack(data, position)
+                if not length or offset + length > size:
+                    break
+                if word == plain_read:
+                    start = at + head_size
+                    stop = start + length
+                    if length >= SEND_FILE_FROM or stop > SCRATCH_SIZE:
+                        break
+                    if read(offset, view[start:stop]) != READ_DATA:
+                        break
+                    pack_head(scratch, at, cookie, offset, length)
+                    at = stop
+                    position += request_size
+                elif word == self._plain_write:
+                    start = position + request_size
+                    stop = start + length
+                    if stop > end or not self._node.try_write(offset, payload[start:stop]):
+                        break
+                    self._acknowledge(scratch, at, cookie, offset)
+                    at += self._acknowledgement_size
+                    position = stop
+                else:
+                    break
+                if at >= SEND_AT:
+                    replies.position = at
+                    replies.send()
+                    at, scratch, view = 0, replies.scratch.data, replies.scratch.view
+                    if self._output.backlog:
+                        break
+        except RequestError:
+            pass  # a corrupt mapping: the session meets it again and replies
+        finally:
+            replies.position = at
+            parser.skip_to(position)
+        return 0 < position == end

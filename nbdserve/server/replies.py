@@ -1,0 +1,41 @@
+"""Replies that are put together behind each other, to leave with one send."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from nbdserve.buffers import ReusedBuffer
+from nbdserve.server.output import Output
+from nbdserve.units import KIB, MIB
+
+SCRATCH_SIZE: Final = 2 * MIB
+"""Replies are put together here. A longer one gets a buffer of its own."""
+SEND_AT: Final = 128 * KIB
+"""Replies leave when they are this long together: the client starts on them while the next are read."""
+
+
+class Replies:
+    """The replies of one session that have not left yet; their memory is shared between two event-loop callbacks."""
+
+    __slots__ = ("_output", "position", "scratch")
+
+    def __init__(self, scratch: ReusedBuffer, output: Output) -> None:
+        self.scratch = scratch
+        self._output = output
+        self.position = 0
+        """Where the next one goes."""
+
+    def append(self, reply: bytes) -> None:
+        """Add a whole reply, shorter than the scratch buffer."""
+        start = self.position
+        if start + len(reply) > SCRATCH_SIZE:
+            self.send()
+            start = 0
+        self.scratch.data[start : start + len(reply)] = reply
+        self.position = start + len(reply)
+
+    def send(self) -> None:
+        """Let go of what is there."""
+        if self.position:
+            length, self.position = self.position, 0
+            self._output.send_scratch(self.scratch, length)
