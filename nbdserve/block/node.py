@@ -16,7 +16,6 @@ from nbdserve.block.pieces import Piece, add_piece, zero_pieces
 from nbdserve.block.places import LAYER_MASK, Places
 from nbdserve.block.requests import RangeLocks
 from nbdserve.block.writer import WRITE_DONE, WRITE_WAIT, BatchWriter, Done
-from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, ZERO
 from nbdserve.formats.base import Allocation, FormatDriver
 from nbdserve.storage.base import ReadBuffer, Storage
@@ -58,7 +57,6 @@ class Node:
         self.writethrough = writethrough
         self.guard_probed_raw = guard_probed_raw
         self.locks = RangeLocks()
-        self._writer = BatchWriter(self)
         self.changes = 1
         """Changes completed, so that a flush can tell whether another has covered them."""
         self._stable_changes = 0
@@ -66,7 +64,8 @@ class Node:
         self._flush_covers = 0
         self._steps = [(layer.lookup, layer.size, layer.data) for layer in self.layers]
         self._plain_writes = not (self.read_only or writethrough or guard_probed_raw or detect_zeroes != "off")
-        self._places = Places(self.layers)
+        self.places = Places(self.layers)
+        self._writer = BatchWriter(self)
         if Places.worthwhile(self.layers):
             self.try_read_into = self._try_read_placed  # type: ignore[method-assign]
 
@@ -99,7 +98,7 @@ class Node:
 
     def _try_read_placed(self, offset: int, buffer: memoryview) -> int:
         """``try_read_into`` with the places of whole clusters remembered."""
-        places = self._places
+        places = self.places
         inside = offset & places.mask
         if inside + len(buffer) > places.cluster_size:
             return Node.try_read_into(self, offset, buffer)
@@ -192,28 +191,6 @@ class Node:
 
     # --- writes ----------------------------------------------------------------------------------------------------
 
-    def try_write(self, offset: int, data: memoryview) -> bool:
-        """Overwrite in place without waiting; False if that is not possible: use ``submit_write``."""
-        if not self._plain_writes:
-            return False
-        places = self._places
-        inside = offset & places.mask
-        host_offset = places.writable.get(offset >> places.bits)
-        if host_offset is None or inside + len(data) > places.cluster_size:
-            try:
-                run = self.top.lookup_writable(offset, len(data))
-                if run is None or run[0] != DATA or run[1] < len(data):
-                    return False
-                if places.mask:
-                    places.learn_writable(offset)
-            except (OSError, RequestError):
-                return False  # the caller's other way meets it again, and reports it
-            host_offset, inside = run[2], 0
-        if not self.top.data.try_write(host_offset + inside, data):
-            return False
-        self.changes += 1
-        return True
-
     def submit_write(self, offset: int, data: memoryview, done: Done) -> int:
         """Write without waiting, or together with others: WRITE_DONE, WRITE_TAKEN or WRITE_WAIT.
 
@@ -222,6 +199,16 @@ class Node:
         """
         if not self._plain_writes:
             return WRITE_WAIT
+        places = self.places
+        inside = offset & places.mask
+        host_offset = places.writable.get(offset >> places.bits)
+        if (
+            host_offset is not None
+            and inside + len(data) <= places.cluster_size
+            and self.top.data.try_write(host_offset + inside, data)
+        ):
+            self.changes += 1
+            return WRITE_DONE
         outcome = self._writer.try_write(offset, data, done)
         if outcome == WRITE_DONE:
             self.changes += 1
@@ -262,21 +249,21 @@ class Node:
         try:
             self.top.publish(allocation)
         finally:
-            self._places.forget(allocation.offset, allocation.length)
+            self.places.forget(allocation.offset, allocation.length)
 
     def zero_mapping(self, offset: int, length: int, *, unmap: bool) -> int | None:
         """``FormatDriver.zero`` of the top layer."""
         try:
             return self.top.zero(offset, length, unmap=unmap)
         finally:
-            self._places.forget(offset, length)
+            self.places.forget(offset, length)
 
     def discard_mapping(self, offset: int, length: int) -> int | None:
         """``FormatDriver.discard`` of the top layer."""
         try:
             return self.top.discard(offset, length)
         finally:
-            self._places.forget(offset, length)
+            self.places.forget(offset, length)
 
     @property
     def is_stable(self) -> bool:

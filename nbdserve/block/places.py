@@ -67,6 +67,10 @@ class Places:
     def forget(self, offset: int, length: int) -> None:
         """The mapping of the range has changed."""
         first, end = offset >> self.bits, (offset + length + self.mask) >> self.bits
+        if end - first == 1:
+            self.readable.pop(first, None)
+            self.writable.pop(first, None)
+            return
         for known in (self.readable, self.writable):
             if end - first > len(known):
                 for number in [number for number in known if first <= number < end]:

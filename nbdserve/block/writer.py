@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from nbdserve.block.chain import resolve
+from nbdserve.block.places import Places
 from nbdserve.block.requests import RangeLock
 from nbdserve.errors import RequestError
 from nbdserve.extents import DATA, ZERO
@@ -80,6 +81,7 @@ class BatchWriter:
         self._allocating: dict[int, _Write] = {}
         """Queued writes that allocate exactly one cluster, by its guest offset."""
         self._runner: asyncio.Task[None] | None = None
+        self._remember = node.places.learn_writable if Places.worthwhile(node.layers) else None
 
     def try_write(self, offset: int, data: memoryview, done: Done) -> int:
         """Write if that can be planned without waiting: WRITE_DONE, WRITE_TAKEN or WRITE_WAIT.
@@ -93,6 +95,8 @@ class BatchWriter:
                 return WRITE_WAIT
             if run[0] == DATA:
                 if self._data.try_write(run[2], data):
+                    if self._remember is not None:
+                        self._remember(offset)
                     return WRITE_DONE
                 lock = self._locks.shared(offset, offset + length)
                 if self._locks.blocked(lock.start, lock.end, exclusive=False):
@@ -112,19 +116,21 @@ class BatchWriter:
                 return WRITE_WAIT
             joined.done.append(done)
             return WRITE_TAKEN
-        write = self._plan(offset, data)
-        if write is None:
+        plan = self._plan(offset, data)
+        if plan is None:
             return WRITE_WAIT
-        if not self._queue and self._data.try_write(*write.pieces[0]):
-            assert write.allocation is not None
-            self._node.publish(write.allocation)
+        allocation, host_offset, content = plan
+        if not self._queue and self._data.try_write(host_offset, content):
+            self._node.publish(allocation)
             return WRITE_DONE
+        write = _Write(host_offset, content, allocation, content is not data)
         if end - start == mask + 1:
             self._allocating[start] = write
         self._enqueue(write, self._locks.exclusive(start, end), data, done)
         return WRITE_TAKEN
 
-    def _plan(self, offset: int, data: memoryview) -> _Write | None:
+    def _plan(self, offset: int, data: memoryview) -> tuple[Allocation, int, ReadBuffer] | None:
+        """Space for a write, and what is to be written where: ``data``, or around it what the clusters read as."""
         top, length = self._top, len(data)
         start = align_down(offset, top.granularity)
         size = align_up(offset + length, top.granularity) - start
@@ -144,10 +150,10 @@ class BatchWriter:
             top.abandon(allocation)
             return None
         if copy is None and (allocation.zeroed or size == length):
-            return _Write(allocation.host_offset + at, data, allocation, False)
+            return allocation, allocation.host_offset + at, data
         copy = copy or bytearray(size)
         copy[at : at + length] = data
-        return _Write(allocation.host_offset, copy, allocation, True)
+        return allocation, allocation.host_offset, copy
 
     def _is_zero(self, start: int, length: int) -> bool:
         """Whether one look at the mapping tells that the guest range reads as zeroes."""

@@ -7,9 +7,12 @@ is the session's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from nbdserve.block.node import READ_DATA, Node
+from nbdserve.block.writer import WRITE_TAKEN, WRITE_WAIT
 from nbdserve.buffers import ReusedBuffer
 from nbdserve.errors import RequestError
 from nbdserve.protocol.transmission import (
@@ -28,9 +31,10 @@ SEND_FILE_FROM: Final = 32 * KIB
 
 
 class FastLane:
-    """Of one session, whose ``parser`` and ``replies`` it works on. A session that may not write gives no ``writable``.
+    """Of one session, whose ``parser`` and ``replies`` it works on; ``size`` is the export's, in bytes.
 
-    ``size`` is the export's, in bytes.
+    A write may be taken, to be done with others: ``taken(length)`` then counts it, and tells whether there is room for
+    more; ``written(cookie, offset, length, error)`` follows when it is complete, and replies.
     """
 
     def __init__(
@@ -44,6 +48,8 @@ class FastLane:
         size: int,
         *,
         writable: bool,
+        taken: Callable[[int], bool],
+        written: Callable[[int, int, int, Exception | None], None],
     ) -> None:
         self._node = node
         self._parser = parser
@@ -51,6 +57,8 @@ class FastLane:
         self._replies = replies
         self._output = output
         self._size = size
+        self._taken = taken
+        self._written = written
         self._words, self._plain_read, self._plain_write = plain_requests(mode)
         if not writable:
             self._plain_write = -1
@@ -69,6 +77,7 @@ class FastLane:
         unpack, request_size = self._words.unpack_from, self._words.size
         data, payload = self._received.data, self._received.view
         read, pack_head, head_size = self._node.try_read_into, self._pack_head, self._head_size
+        write, written, acknowledge = self._node.submit_write, self._written, self._acknowledge
         plain_read, size = self._plain_read, self._size
         try:
             while end - position >= request_size:
@@ -88,11 +97,18 @@ class FastLane:
                 elif word == self._plain_write:
                     start = position + request_size
                     stop = start + length
-                    if stop > end or not self._node.try_write(offset, payload[start:stop]):
+                    if stop > end:
                         break
-                    self._acknowledge(scratch, at, cookie, offset)
-                    at += self._acknowledgement_size
+                    outcome = write(offset, payload[start:stop], partial(written, cookie, offset, length))
+                    if outcome == WRITE_WAIT:
+                        break
                     position = stop
+                    if outcome == WRITE_TAKEN:
+                        if not self._taken(length):
+                            break
+                        continue
+                    acknowledge(scratch, at, cookie, offset)
+                    at += self._acknowledgement_size
                 else:
                     break
                 if at >= SEND_AT:

@@ -122,6 +122,8 @@ class Session:
             self.mode,
             self.size,
             writable=not negotiated.flags & EXPORT_READ_ONLY,
+            taken=self._taken,
+            written=self._written,
         )
         self._todo: list[Request] = []
         self._replies: list[bytes] = []
@@ -151,12 +153,12 @@ class Session:
                     self._read(flags, cookie, offset, length)
                 else:
                     self._dispatch(*request)
-                if output.backlog or self._in_flight >= MAX_IN_FLIGHT or self._in_flight_bytes >= MAX_IN_FLIGHT_BYTES:
+                if output.backlog or self._is_full():
                     self._stop(requests)
                     return
             if not self.draining:
                 done = self._fast_lane.run()
-                if output.backlog:
+                if output.backlog or self._is_full():
                     self._stop(iter(()))
                     return
                 if done:
@@ -176,6 +178,10 @@ class Session:
         elif not self.reading:
             self.reading = True
             self._set_reading(True)
+
+    def _is_full(self) -> bool:
+        """As much is in flight as one client may have."""
+        return self._in_flight >= MAX_IN_FLIGHT or self._in_flight_bytes >= MAX_IN_FLIGHT_BYTES
 
     def _stop(self, requests: Iterator[Request]) -> None:
         """No room for more: keep what is not answered, and take nothing more from the socket."""
@@ -347,14 +353,19 @@ class Session:
             if outcome == WRITE_DONE:
                 self._ready.append(final_reply(self.mode, cookie, offset))
             elif outcome == WRITE_TAKEN:
-                self._in_flight += 1
-                self._in_flight_bytes += length
+                self._taken(length)
             if outcome != WRITE_WAIT:
                 self._give_payload(payload)
                 return
         if payload.obj is self._buffers.receive.data:
             payload = memoryview(bytes(payload))
         self._begin(self._write_slowly(flags, cookie, offset, payload), length)
+
+    def _taken(self, length: int) -> bool:
+        """A submitted write is under way; whether there is room for another."""
+        self._in_flight += 1
+        self._in_flight_bytes += length
+        return not self._is_full()
 
     def _written(self, cookie: int, offset: int, length: int, error: Exception | None) -> None:
         """A submitted write is complete; the replies of a whole batch leave together."""

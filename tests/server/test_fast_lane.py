@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Callable
 
@@ -29,6 +30,7 @@ from nbdserve.server.fast_lane import SEND_FILE_FROM, FastLane
 from nbdserve.server.replies import SCRATCH_SIZE, SEND_AT, Replies
 from nbdserve.storage.memory import MemoryStorage
 from tests.block.layers import overlay
+from tests.server.clients import Gated
 from tests.server.test_replies import Sent
 
 SIZE = 1 << 20
@@ -54,7 +56,16 @@ class Lane:
             mode,
             node.size,
             writable=writable,
+            taken=self._take,
+            written=lambda *ended: self.ended.append(ended),
         )
+        self.room = 100
+        self.taken: list[int] = []
+        self.ended: list[tuple[object, ...]] = []
+
+    def _take(self, length: int) -> bool:
+        self.taken.append(length)
+        return len(self.taken) < self.room
 
     def request(self, kind: int, cookie: int, offset: int, length: int, *, flags: int = 0, data: bytes = b"") -> bytes:
         if self.mode == EXTENDED:
@@ -157,6 +168,30 @@ async def test_what_has_to_wait_is_left_alone() -> None:
         assert not lane.run(request)
         assert lane.parser.unparsed()[0] == 0
     assert not lane.answers()
+
+
+async def test_writes_that_are_taken_are_counted_and_end_later() -> None:
+    storage = Gated(bytes(SIZE))
+    node = Node([RawDriver(storage, 0, SIZE, read_only=False)])
+    lane = Lane(node)
+    assert lane.run(*(lane.request(CMD_WRITE, cookie, 512 * cookie, 3, data=b"abc") for cookie in range(3)))
+    assert not lane.answers()
+    assert lane.taken == [3, 3, 3]
+    await asyncio.wait_for(node.flush(), 10)
+    while len(lane.ended) < 3:
+        await asyncio.sleep(0)
+    assert sorted(lane.ended) == [(cookie, 512 * cookie, 3, None) for cookie in range(3)]
+    assert await node.read(1024, 3) == b"abc"
+
+
+async def test_no_more_is_taken_than_there_is_room_for() -> None:
+    node = Node([RawDriver(Gated(bytes(SIZE)), 0, SIZE, read_only=False)])
+    lane = Lane(node)
+    lane.room = 2
+    assert not lane.run(*(lane.request(CMD_WRITE, cookie, 512 * cookie, 3, data=b"abc") for cookie in range(3)))
+    assert lane.taken == [3, 3]
+    while len(lane.ended) < 2:
+        await asyncio.sleep(0)
 
 
 async def test_a_corrupt_mapping_is_left_to_the_session(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -229,9 +229,7 @@ async def read_as_served(disk: Disk, offset: int, length: int) -> bytes | bytear
 
 
 async def submit(disk: Disk, offset: int, data: bytes, *, lent: bool = True) -> int:
-    """Write as a connection does, awaited where it is taken; the outcome. A ``lent`` buffer is used again at once."""
-    if isinstance(disk, Node) and disk.try_write(offset, memoryview(data)):
-        return WRITE_DONE
+    """``submit_write``, awaited where it is taken; its outcome. A ``lent`` buffer is used again at once."""
     ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def done(error: Exception | None) -> None:
