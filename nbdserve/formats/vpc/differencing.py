@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 from uuid import UUID
 
-from nbdserve.errors import ImageError, UnsupportedImageError
+from nbdserve.errors import ConfigError, ImageError, UnsupportedImageError
 from nbdserve.extents import DATA, UNALLOCATED, Run, RunStream
 from nbdserve.formats.base import Allocation, BackingReference, FormatDriver, ImageInfo
 from nbdserve.formats.ordered_commit import Batch, OrderedCommit, Piece
@@ -175,6 +175,10 @@ class DifferencingDriver(VpcDriver):
         shows, which is what was there before.
         """
         await self.storage.write_stable(pieces)
+
+    async def resize(self, size: int) -> None:
+        """ConfigError: a differencing image has the size of its parent."""
+        raise ConfigError(f"{self.path}: a differencing VHD keeps the size of its parent ({self.size} bytes)")
 
     async def _settle(self) -> None:
         await self._commit.settle()

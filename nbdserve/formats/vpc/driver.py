@@ -20,6 +20,7 @@ from nbdserve.formats.vpc.create import CREATE_OPTIONS, create_vpc, plan_image
 from nbdserve.formats.vpc.image import BAD, REPAIR_HINT, Footers
 from nbdserve.formats.vpc.layout import UNUSED, Footer
 from nbdserve.formats.vpc.reservations import Reservations
+from nbdserve.formats.vpc.resize import resize_dynamic, resized_footer
 from nbdserve.formats.vpc.runs import iter_block_runs
 from nbdserve.formats.vpc.space import BlockSpace
 from nbdserve.storage.base import Storage
@@ -238,6 +239,21 @@ class VpcDriver(FormatDriver):
 
     def abandon(self, allocation: Allocation) -> None:
         """The place may hold some of the data: it is not used again while the image is open."""
+
+    async def resize(self, size: int) -> None:
+        """Grow a dynamic or fixed image; ConfigError for what cannot be."""
+        larger = resized_footer(self.footer, size)
+        await self.flush()
+        await self._settle()
+        await self._resize(larger)
+        self.footers = await image.read_footers(self.storage)
+        self.footer = image.require_footer(self.footers, self.storage)
+        self.size = self.footer.size
+        await self._open(self._options, read_only=False)
+
+    async def _resize(self, larger: Footer) -> None:
+        await self._space.tidy()
+        await resize_dynamic(self, larger)
 
     async def flush(self) -> None:
         """Guest data, and bits that were set: the table was stable before anything was in a block."""

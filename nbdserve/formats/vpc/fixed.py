@@ -9,6 +9,8 @@ from nbdserve.errors import CorruptImageError
 from nbdserve.extents import DATA, Run, RunArray, RunStream
 from nbdserve.formats.base import Allocation, ImageInfo
 from nbdserve.formats.vpc.driver import VpcDriver
+from nbdserve.formats.vpc.layout import Footer
+from nbdserve.formats.vpc.resize import resize_fixed
 
 
 class FixedDriver(VpcDriver):
@@ -52,6 +54,9 @@ class FixedDriver(VpcDriver):
             runs: RunArray = await self.data.host_map(start, end - start)
             start = int(runs.start[-1] + runs.length[-1])
             yield RunArray(runs.start, runs.length, runs.kind, runs.start)
+
+    async def _resize(self, larger: Footer) -> None:
+        await resize_fixed(self.storage, self.footer, larger)
 
     async def _settle(self) -> None:
         pass
