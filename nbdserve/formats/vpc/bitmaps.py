@@ -22,13 +22,17 @@ class SectorBitmap:
     While ``pins`` is not 0 it stays in memory.
     """
 
-    __slots__ = ("_changed", "bits", "dirty", "host_offset", "index", "pins")
+    __slots__ = ("_changed", "_every", "bits", "dirty", "full", "host_offset", "index", "pins")
 
-    def __init__(self, index: int, host_offset: int, bits: bytearray, changed: set[SectorBitmap]) -> None:
+    def __init__(self, index: int, host_offset: int, bits: bytearray, every: bytes, changed: set[SectorBitmap]) -> None:
+        """``every`` is what ``bits`` begin with when every sector of the block is here."""
         self.index = index
         """Of the block."""
         self.host_offset = host_offset
         self.bits = bits
+        self.full = bits.startswith(every)
+        """Every sector is here."""
+        self._every = every
         self.dirty: set[int] = set()
         self.pins = 0
         self._changed = changed
@@ -54,6 +58,7 @@ class SectorBitmap:
         mask = (1 << count) - 1 << (-end & 7)
         value = int.from_bytes(self.bits[start:stop], "big") | mask
         self.bits[start:stop] = value.to_bytes(stop - start, "big")
+        self.full = self.bits.startswith(self._every)
         self.dirty.update(range(start // SECTOR_SIZE, (stop - 1) // SECTOR_SIZE + 1))
         self._changed.add(self)
 
@@ -77,11 +82,13 @@ class SectorBitmap:
 class BitmapCache:
     """Bitmaps by the number of their block."""
 
-    def __init__(self, bitmap_size: int, limit: int = CACHE_BYTES) -> None:
+    def __init__(self, bitmap_size: int, limit: int = CACHE_BYTES, *, sectors: int | None = None) -> None:
+        """``sectors`` of a block, a multiple of 8, if they are fewer than a bitmap has bits."""
         self.recent: dict[int, SectorBitmap] = {}
         self.changed: set[SectorBitmap] = set()
         """Those that differ from the disk."""
         self._old: dict[int, SectorBitmap] = {}
+        self._every = b"\xff" * (bitmap_size if sectors is None else sectors // 8)
         self._generation = max(4, limit // 2 // (bitmap_size + _OVERHEAD))
 
     @property
@@ -104,7 +111,7 @@ class BitmapCache:
 
     def add(self, index: int, host_offset: int, bits: bytearray) -> SectorBitmap:
         """Keep a bitmap as it is on disk."""
-        bitmap = SectorBitmap(index, host_offset, bits, self.changed)
+        bitmap = SectorBitmap(index, host_offset, bits, self._every, self.changed)
         self._keep(bitmap)
         return bitmap
 

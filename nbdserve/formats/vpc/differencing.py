@@ -37,7 +37,7 @@ class DifferencingDriver(VpcDriver):
             )
         self.cluster_size = SECTOR_SIZE
         self.zeroes_fast = False
-        self.bitmaps = BitmapCache(self.header.bitmap_size)
+        self.bitmaps = BitmapCache(self._bitmap_size, sectors=self.header.block_size // SECTOR_SIZE)
         self._recent = self.bitmaps.recent
         self._loading: dict[int, asyncio.Task[None]] = {}
         self._commit = OrderedCommit(self.storage, self._collect)
@@ -80,6 +80,9 @@ class DifferencingDriver(VpcDriver):
             if bitmap is None:
                 return None
         inside = offset & self._mask
+        if bitmap.full:
+            rest = self._mask + 1 - inside
+            return DATA, length if length < rest else rest, bitmap.host_offset + self._bitmap_size + inside
         first = inside >> 9
         count = (min(inside + length, self._mask + 1) + 511 >> 9) - first
         here, run = bitmap.run(first, count)

@@ -30,6 +30,18 @@ def test_set_and_run(sectors: int) -> None:
     assert [bool(bitmap.bits[i // 8] >> (7 - i % 8) & 1) for i in range(sectors)] == model
 
 
+@pytest.mark.parametrize("sectors", [8, 4096, 8192])
+def test_full(sectors: int) -> None:
+    size = -(-sectors // 4096) * 512
+    cache = BitmapCache(size, sectors=sectors)
+    bitmap = cache.add(0, 0, bytearray(size))
+    bitmap.set(0, sectors - 1)
+    assert not bitmap.full
+    bitmap.set(sectors - 1, 1)
+    assert bitmap.full
+    assert cache.add(1, 0, bytearray(bitmap.bits)).full
+
+
 def test_only_changed_sectors_are_written() -> None:
     bitmap = BitmapCache(8192).add(0, 10_000, bytearray(8192))
     bitmap.set(4096 * 12 + 3, 2)
