@@ -7,6 +7,7 @@ import numpy as np
 from nbdserve.errors import ImageError
 from nbdserve.formats.base import CheckResult
 from nbdserve.formats.raw_cow.bitmap import Bitmap
+from nbdserve.formats.raw_cow.header import HeaderSector
 from nbdserve.formats.raw_cow.layout import Header
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, div_ceil
@@ -16,6 +17,7 @@ async def check_raw_cow(
     storage: Storage,
     raw: Storage | None,
     header: Header,
+    sector: HeaderSector,
     bitmap: Bitmap,
     *,
     repair_leaks: bool = False,
@@ -24,9 +26,9 @@ async def check_raw_cow(
     """Compare bitmap and files of an idle image; ``raw`` is None where the raw file is not open.
 
     Leaks are bits that stand for nothing and sectors behind the bitmap: a crash while the disk was resized leaves them.
-    An error is a cluster that the raw file should have and does not, because the file was cut off; the repair makes the
-    file as long as the disk, which is what the guest sees of it already. ImageError when a repair is asked for on
-    read-only files.
+    Errors are a wrong checksum of the header, which the repair makes right, taking the header's word for the rest; and
+    clusters that the raw file should have and does not, because the file was cut off: the repair makes the file as long
+    as the disk, which is what the guest sees of it already. ImageError when a repair is asked for on read-only files.
     """
     if (repair_leaks or repair_errors) and storage.read_only:
         raise ImageError(storage.path, "open read-only, so it cannot be repaired")
@@ -35,6 +37,13 @@ async def check_raw_cow(
         total_clusters=bitmap.clusters,
         allocated_clusters=bitmap.clusters - bitmap.missing,
     )
+    if not sector.is_sealed:
+        result.messages.append("the header's checksum is wrong")
+        if repair_errors:
+            await sector.patch()
+            result.corruptions_fixed += 1
+        else:
+            result.corruptions += 1
     await _check_bits(storage, bitmap, result, repair=repair_leaks)
     await _check_end(storage, header, result, repair=repair_leaks)
     if raw is not None:

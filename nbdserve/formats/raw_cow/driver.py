@@ -73,14 +73,19 @@ class RawCowDriver(FormatDriver):
     @classmethod
     async def companions(cls, storage: Storage) -> Sequence[Companion]:
         """The raw file."""
-        header, _ = await read_header(storage)
+        header, _ = await read_header(storage, any_checksum=True)  # ``open`` says whether it has to be right
         return [Companion(header.raw_file, "raw file", guest_data_only=True)]
 
     @classmethod
     async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
-        """Open the image; a raw file shorter than the disk grows to its size when the image is opened for writing."""
-        header, stored = await read_header(storage)
+        """Open the image; a raw file shorter than the disk grows to its size when the image is opened for writing.
+
+        A look at the metadata alone, without the raw file, is possible with a damaged header, so that ``check`` can
+        repair its checksum.
+        """
         companions: Sequence[Storage] = options.get("companions", ())
+        metadata_only = read_only and list(companions) == [storage]
+        header, stored = await read_header(storage, any_checksum=metadata_only)
         if len(companions) != 1:
             raise ImageError(storage.path, "the raw file is not given", field="raw_file", value=header.raw_file)
         if not read_only and storage.read_only:
@@ -232,6 +237,7 @@ class RawCowDriver(FormatDriver):
             self.storage,
             None if self.data is self.storage else self.data,
             self.header,
+            self._header_sector,
             self.bitmap,
             repair_leaks=repair_leaks,
             repair_errors=repair_errors,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 
-from nbdserve.formats.raw_cow.layout import CHANGING_AT, HEADER, HEADER_SIZE, Header, with_checksum
+from nbdserve.formats.raw_cow.layout import CHANGING_AT, HEADER, HEADER_SIZE, Header, is_sealed, with_checksum
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE
 
 
-async def read_header(storage: Storage) -> tuple[Header, bytes]:
-    """The header of the image on ``storage``, and its bytes. CorruptImageError or UnsupportedImageError."""
+async def read_header(storage: Storage, *, any_checksum: bool = False) -> tuple[Header, bytes]:
+    """The header of the image on ``storage``, and its bytes. ImageError as for ``Header.parse``."""
     data = bytes(await storage.read(0, HEADER_SIZE))
-    return Header.parse(data, storage.path, storage.size), data
+    return Header.parse(data, storage.path, storage.size, any_checksum=any_checksum), data
 
 
 class HeaderSector:
@@ -22,6 +22,11 @@ class HeaderSector:
         self._storage = storage
         self._header = header
         self._lock = asyncio.Lock()
+
+    @property
+    def is_sealed(self) -> bool:
+        """The checksum is right; ``patch`` makes it so."""
+        return is_sealed(self._header)
 
     async def patch(self, **values: int) -> None:
         """Change fields, named as in the layout, durably; everything else of the header stays as it is."""

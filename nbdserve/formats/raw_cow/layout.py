@@ -95,10 +95,10 @@ class Header:
         return self.bitmap_offset + div_ceil(self.bitmap_bytes, SECTOR_SIZE) * SECTOR_SIZE
 
     @classmethod
-    def parse(cls, data: bytes | bytearray, path: str, file_size: int) -> Header:
+    def parse(cls, data: bytes | bytearray, path: str, file_size: int, *, any_checksum: bool = False) -> Header:
         """The header in ``data``, the first HEADER_SIZE bytes of the file of ``file_size`` bytes.
 
-        CorruptImageError and UnsupportedImageError name field and value.
+        CorruptImageError and UnsupportedImageError name field and value. ``any_checksum``: a wrong one is no error.
         """
         data = bytes(data)
         if file_size < HEADER_SIZE or len(data) < HEADER_SIZE:
@@ -111,13 +111,13 @@ class Header:
         if fields.version != VERSION:
             raise UnsupportedImageError(path, f"version {VERSION} is known", field="version", value=fields.version)
         checksum = header_checksum(data)
-        if fields.header_crc32c != checksum:
+        if fields.header_crc32c != checksum and not any_checksum:
             raise CorruptImageError(
                 path,
                 f"the header's checksum is {checksum:#x}",
                 field="header_crc32c",
                 value=fields.header_crc32c,
-                hint="the header is damaged",
+                hint="the header is damaged; if what image info shows is right: image check -r all",
             )
         _check_fields(fields, path)
         header = cls(
@@ -189,6 +189,11 @@ class Header:
 def header_checksum(data: bytes) -> int:
     """The CRC-32C a header of HEADER_SIZE bytes should have."""
     return crc32c(data[:CHECKSUM_AT] + bytes(4) + data[CHECKSUM_AT + 4 : HEADER_SIZE])
+
+
+def is_sealed(data: bytes) -> bool:
+    """The checksum of the header is right."""
+    return with_checksum(data) == data
 
 
 def with_checksum(data: bytes) -> bytes:

@@ -68,3 +68,26 @@ async def test_a_read_only_file_is_not_repaired() -> None:
     assert (await driver.check()).leaks == 1
     with pytest.raises(ImageError, match="read-only"):
         await driver.check(repair_leaks=True)
+
+
+async def test_a_wrong_checksum_of_the_header() -> None:
+    files = await broken()
+    header = bytes(await files.image.read(0, 4096))
+    await files.image.write(2056, b"\x12")  # in the time stamp
+    for read_only in (True, False):
+        with pytest.raises(ImageError, match="header_crc32c"):
+            await files.driver(read_only=read_only)
+    companions = await RawCowDriver.companions(files.image)
+    assert companions[0].name == "vm.img"
+    alone = {"companions": [files.image]}
+    with pytest.raises(ImageError, match="header_crc32c"):
+        await RawCowDriver.open(files.image, alone, read_only=False)
+    driver = await RawCowDriver.open(files.image, alone, read_only=True)
+    result = await driver.check(repair_leaks=True)
+    assert (result.corruptions, result.messages) == (1, ["the header's checksum is wrong"])
+    result = await driver.check(repair_errors=True)
+    assert (result.corruptions, result.corruptions_fixed) == (0, 1)
+    assert (await driver.check()).corruptions == 0
+    await files.driver()
+    changed = bytes(await files.image.read(0, 4096))
+    assert [at for at in range(4096) if changed[at] != header[at]] == [2056, 2172, 2173, 2174, 2175]
