@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from nbdserve.errors import ImageError
-from nbdserve.extents import DATA, UNALLOCATED, Run, RunArray, RunStream
+from nbdserve.extents import DATA, UNALLOCATED, ZERO, Run, RunArray, RunStream
 from nbdserve.formats.base import (
     Allocation,
     BackingReference,
@@ -63,8 +63,7 @@ class RawCowDriver(FormatDriver):
         self._bits = header.cluster_size.bit_length() - 1
         self._virgin = data.size
         """Where the raw file has never held anything: space from here on reads as zeroes until it is allocated."""
-        self._below: int | None = None
-        """The size of the layer below, once it is known."""
+        self._limit = header.backing_limit
         self._header_sector = HeaderSector(storage, stored)
         self._commit = OrderedCommit(storage, self._collect, data=[data])
 
@@ -100,10 +99,6 @@ class RawCowDriver(FormatDriver):
             if driver.data.size < header.size:
                 await driver.data.truncate(header.size)
         return driver
-
-    def accept_backing(self, backing: FormatDriver) -> None:
-        """Any layer will do; how long it is matters when the disk grows."""
-        self._below = backing.size
 
     @classmethod
     def validate_create(cls, size: int, options: Mapping[str, str]) -> None:
@@ -155,7 +150,16 @@ class RawCowDriver(FormatDriver):
     # --- reading the mapping ---------------------------------------------------------------------------------------
 
     def lookup(self, offset: int, length: int) -> Run:
-        """DATA where the bit is set, else UNALLOCATED."""
+        """DATA where the bit is set; else UNALLOCATED, and ZERO where the backing file is not visible."""
+        kind, length, host_offset = self.lookup_writable(offset, length)
+        if kind != DATA and offset + length > self._limit:
+            if offset >= self._limit:
+                return ZERO, length, -1
+            length = self._limit - offset
+        return kind, length, host_offset
+
+    def lookup_writable(self, offset: int, length: int) -> Run:
+        """What is in the raw file is overwritten there."""
         bitmap = self.bitmap
         if not bitmap.missing:
             return DATA, length, offset
@@ -167,21 +171,21 @@ class RawCowDriver(FormatDriver):
             return DATA, length, offset
         return UNALLOCATED, length, -1
 
-    def lookup_writable(self, offset: int, length: int) -> Run:
-        """What is in the raw file is overwritten there."""
-        return self.lookup(offset, length)
-
     async def iter_runs(self, start: int, end: int) -> RunStream:
         """The mapping of ``[start, end)``, half a million clusters at a time."""
+        limit = self._limit
+        if limit < self.size and self.lookup_writable(limit, 1)[0] == DATA:
+            limit = align_up(limit, self.cluster_size)  # not inside a run of data
         while start < end:
             first = start >> self._bits
-            stop = min(first + _BATCH_CLUSTERS, div_ceil(end, self.cluster_size))
+            part = min(end, limit) if start < limit else end
+            stop = min(first + _BATCH_CLUSTERS, div_ceil(part, self.cluster_size))
             bits = self.bitmap.array(first, stop)
             changes = np.flatnonzero(np.diff(bits)) + 1
             starts = np.concatenate(([start], (first + changes) << self._bits)).astype(np.int64)
-            until = min(end, stop << self._bits)
+            until = min(part, stop << self._bits)
             kinds = bits[np.concatenate(([0], changes))]
-            kind = np.where(kinds, np.uint8(DATA), np.uint8(UNALLOCATED))
+            kind = np.where(kinds, np.uint8(DATA), np.uint8(UNALLOCATED if start < limit else ZERO))
             yield RunArray(starts, np.diff(np.append(starts, until)), kind, np.where(kinds, starts, -1))
             start = until
 
@@ -224,10 +228,8 @@ class RawCowDriver(FormatDriver):
         At each point the header names a bitmap that is complete: it grows before the header does, and shrinks after.
         """
         await self._commit.settle()
-        self.header = await resize_raw_cow(
-            self.storage, self.data, self._header_sector, self.header, self.bitmap, size, below=self._below
-        )
-        self.size = size
+        self.header = await resize_raw_cow(self.storage, self.data, self._header_sector, self.header, self.bitmap, size)
+        self.size, self._limit = size, self.header.backing_limit
 
     async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
         """Compare the bitmap with the file and, where the raw file is open, with its size."""

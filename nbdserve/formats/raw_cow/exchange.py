@@ -32,6 +32,7 @@ async def export_to_qcow2(source: RawCowDriver, target: Storage, *, raw_file: st
                 source.path, "the header declares no format for it", field="backing file", value=source.backing.name
             )
         options |= {"backing_file": backing_file, "backing_fmt": source.backing.format}
+        _refuse_resized(source)
     # Stands for the raw file, of which neither making the image nor changing its mapping reads or writes a byte.
     await create_qcow2(target, source.size, options, data_file_storage=MemoryStorage(path=raw_file))
     image = await Qcow2Driver.open(target, {"companions": [MemoryStorage(path=raw_file)]}, read_only=False)
@@ -39,7 +40,23 @@ async def export_to_qcow2(source: RawCowDriver, target: Storage, *, raw_file: st
         for start, length, kind in zip(runs.start.tolist(), runs.length.tolist(), runs.kind.tolist(), strict=True):
             if kind == DATA:
                 await _map(image, start, start + length)
+            elif kind == ZERO and backing_file is not None:
+                await _zero(image, start, start + length)
     await image.flush()
+
+
+def _refuse_resized(source: RawCowDriver) -> None:
+    """A backing file that ends, for the disk, inside a cluster that is not in the raw file."""
+    limit, unit = source.header.backing_limit, source.cluster_size
+    if limit < source.size and limit % unit and source.lookup_writable(limit, 1)[0] != DATA:
+        raise UnsupportedImageError(
+            source.path,
+            f"the disk was resized inside the cluster at {limit // unit * unit:#x}, which is not in the raw file yet: "
+            "a qcow2 image cannot say where in a cluster the backing file ends",
+            field="backing_limit",
+            value=limit,
+            hint="write something there",
+        )
 
 
 async def _map(image: Qcow2Driver, start: int, end: int) -> None:
@@ -49,6 +66,14 @@ async def _map(image: Qcow2Driver, start: int, end: int) -> None:
         assert allocation.host_offset == start
         image.publish(allocation)
         start += allocation.length
+
+
+async def _zero(image: Qcow2Driver, start: int, end: int) -> None:
+    while start < end:
+        while (done := image.zero(start, end - start, unmap=True)) is None:
+            await image.prepare(start, end - start)
+        assert done
+        start += done
 
 
 async def import_from_qcow2(

@@ -51,11 +51,12 @@ HEADER: Final[Any] = c.Struct(
     "raw_format" / c.Bytes(FORMAT_SIZE),
     "cluster_size" / c.Int32ub,
     "bitmap_offset" / c.Int64ub,
+    "backing_limit" / c.Int64ub,
     "header_crc32c" / c.Int32ub,
 )
 """Zeroes follow, up to HEADER_SIZE. ``header_crc32c`` is the CRC-32C of all HEADER_SIZE bytes with zeroes in its own
 place."""
-CHECKSUM_AT: Final = 2172
+CHECKSUM_AT: Final = 2180
 
 CHANGING_AT: Final = 2048
 """The sector with every field that changes after creation."""
@@ -76,8 +77,15 @@ class Header:
     """When the backing file was last changed before the image was made, seconds since 1970; 0: not known."""
     cluster_size: int = 64 * KIB
     bitmap_offset: int = HEADER_SIZE
+    backing_limit: int = -1
+    """Guest offset from which on the backing file is not visible and a cluster whose bit is not set reads as zeroes:
+    the smallest size the disk ever had. By default ``size``."""
     compatible: int = 0
     autoclear: int = 0
+
+    def __post_init__(self) -> None:
+        if self.backing_limit < 0:
+            object.__setattr__(self, "backing_limit", self.size)
 
     @property
     def clusters(self) -> int:
@@ -129,6 +137,7 @@ class Header:
             mtime=fields.mtime,
             cluster_size=fields.cluster_size,
             bitmap_offset=fields.bitmap_offset,
+            backing_limit=fields.backing_limit,
             compatible=fields.compatible_features,
             autoclear=fields.autoclear_features,
         )
@@ -180,6 +189,7 @@ class Header:
                 "raw_format": _padded(self.raw_format, FORMAT_SIZE, "raw_format"),
                 "cluster_size": self.cluster_size,
                 "bitmap_offset": self.bitmap_offset,
+                "backing_limit": self.backing_limit,
                 "header_crc32c": 0,
             }
         )
@@ -217,6 +227,10 @@ def _check_fields(fields: Any, path: str) -> None:
     if fields.size % SECTOR_SIZE or fields.size >= 1 << 63:
         raise CorruptImageError(
             path, f"must be a multiple of {SECTOR_SIZE} below 2^63", field="size", value=fields.size
+        )
+    if fields.backing_limit % SECTOR_SIZE:
+        raise CorruptImageError(
+            path, f"must be a multiple of {SECTOR_SIZE}", field="backing_limit", value=fields.backing_limit
         )
 
 

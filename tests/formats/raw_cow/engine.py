@@ -44,5 +44,4 @@ class Files:
         layers: list[FormatDriver] = [top]
         if self.base is not None:
             layers.append(await RawDriver.open(MemoryStorage(self.base), {}, read_only=True))
-            top.accept_backing(layers[1])
         return Node(layers, unmap=unmap)

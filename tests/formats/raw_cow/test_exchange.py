@@ -39,11 +39,12 @@ async def exported(folder: Path, target: Path) -> None:
         await FileStorage.open(str(folder / "vm.raw-cow")), {"companions": [MemoryStorage()]}, read_only=True
     )
     storage = await FileStorage.open(str(target), create=True)
-    await export_to_qcow2(
-        source, storage, raw_file="vm.img", backing_file=source.backing.name if source.backing else None
-    )
-    await storage.close()
-    await source.close()
+    backing_file = source.backing.name if source.backing else None
+    try:
+        await export_to_qcow2(source, storage, raw_file="vm.img", backing_file=backing_file)
+    finally:
+        await storage.close()
+        await source.close()
 
 
 async def imported(folder: Path, source: Path) -> int:
@@ -187,3 +188,24 @@ async def test_a_backing_file_without_a_format_is_not_exported() -> None:
     driver.backing = type(driver.backing)("base", None)
     with pytest.raises(ImageError, match="no format"):
         await export_to_qcow2(driver, MemoryStorage(), raw_file="r", backing_file="base")
+
+
+@images.needs_qemu
+async def test_a_disk_that_has_grown_over_a_longer_backing_file(tmp_path: Path) -> None:
+    base = make_base(tmp_path)
+    options = {"raw_file": "vm.img", "backing_file": "base", "backing_fmt": "raw"}
+    image = await FileStorage.open(str(tmp_path / "vm.raw-cow"), create=True)
+    raw = await FileStorage.open(str(tmp_path / "vm.img"), create=True)
+    await RawCowDriver.create(image, MIB - 512, options, companions=[raw])
+    driver = await RawCowDriver.open(image, {"companions": [raw]}, read_only=False)
+    await driver.resize(SIZE)
+    await driver.close()
+    with pytest.raises(UnsupportedImageError, match="cluster at 0xf0000"):
+        await exported(tmp_path, tmp_path / "vm.qcow2")
+    node = await open_raw_cow(tmp_path / "vm.raw-cow")
+    await node.write(MIB - 1, b"x")
+    await node.close()
+    await exported(tmp_path, tmp_path / "whole.qcow2")
+    (tmp_path / "expected").write_bytes((base[: MIB - 512] + bytes(511) + b"x").ljust(SIZE, b"\0"))
+    images.check(tmp_path / "whole.qcow2")
+    images.compare(tmp_path / "whole.qcow2", "qcow2", tmp_path / "expected", "raw")

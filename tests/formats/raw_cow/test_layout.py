@@ -39,7 +39,7 @@ def test_the_places_of_the_fields() -> None:
         512,
     )
     assert struct.calcsize(">4sI1024s1024siQI") == 2072
-    assert struct.unpack_from(">QQQ32s32sIQI", data, 2072) == (
+    assert struct.unpack_from(">QQQ32s32sIQQI", data, 2072) == (
         0,
         5,
         6,
@@ -47,9 +47,10 @@ def test_the_places_of_the_fields() -> None:
         b"raw".ljust(32, b"\0"),
         65536,
         4096,
+        GIB,
         header_checksum(data),
     )
-    assert data[2176:] == bytes(4096 - 2176)
+    assert data[2184:] == bytes(4096 - 2184)
 
 
 def test_both_ways() -> None:
@@ -89,6 +90,7 @@ def test_sizes() -> None:
         (2164, (4097).to_bytes(8, "big"), "bitmap_offset"),
         (2164, (1 << 63).to_bytes(8, "big"), "bitmap_offset"),
         (2164, (4608).to_bytes(8, "big"), "bitmap_offset"),
+        (2172, (513).to_bytes(8, "big"), "backing_limit"),
     ],
 )
 def test_a_bad_field_is_named(at: int, value: bytes, name: str) -> None:
@@ -98,7 +100,7 @@ def test_a_bad_field_is_named(at: int, value: bytes, name: str) -> None:
     assert str(caught.value).startswith("disk.raw-cow: ")
 
 
-@pytest.mark.parametrize("at", [5, 100, 2070, 2172, 2175, 4095])
+@pytest.mark.parametrize("at", [5, 100, 2070, 2180, 2183, 4095])
 def test_any_damage_is_found(at: int) -> None:
     data = bytearray(HEADER.build())
     data[at] ^= 0x10

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from nbdserve.errors import ConfigError
+from nbdserve.extents import DATA, UNALLOCATED, ZERO
 from nbdserve.units import KIB, MIB
 from tests.formats.raw_cow.engine import Files
 
@@ -45,7 +46,6 @@ async def test_a_smaller_disk_that_grows_again_has_forgotten(cluster_size: int) 
     assert files.raw.size == 300 * KIB
     driver = await files.driver()
     assert driver.info().specific["raw-file-stands-alone"] is True
-    driver._below = MIB
     await driver.resize(MIB)
     await driver.close()
     node = await files.node()
@@ -65,19 +65,29 @@ async def test_bits_behind_the_end_do_not_come_alive() -> None:
     assert driver.bitmap.missing == 32
 
 
-async def test_what_a_longer_layer_below_has_in_the_last_cluster_is_not_shown() -> None:
+@pytest.mark.parametrize("write", [False, True])
+async def test_what_a_longer_layer_below_has_in_the_last_cluster_is_not_shown(write: bool) -> None:
     files = Files(BASE)
     await files.create(MIB + 512)
     node = await files.node()
-    before = bytes(await files.image.read(0, files.image.size))
-    with pytest.raises(ConfigError, match="the layer below is longer"):
-        await node.top.resize(2 * MIB)
-    assert await files.image.read(0, files.image.size) == before
-    await node.write(MIB, b"own")
     await node.top.resize(2 * MIB)
     await node.close()
     node = await files.node()
-    assert await node.read(MIB, MIB) == (b"own" + BASE[MIB + 3 : MIB + 512]).ljust(MIB, b"\0")
+    expected = bytearray(BASE[: MIB + 512].ljust(2 * MIB, b"\0"))
+    assert node.top.lookup(0, 2 * MIB) == (UNALLOCATED, MIB + 512, -1)
+    assert node.top.lookup(MIB + 512, MIB - 512) == (ZERO, MIB - 512, -1)
+    assert node.top.lookup_writable(MIB, 65536) == (UNALLOCATED, 65536, -1)
+    runs = [part.length.tolist() async for part in node.top.iter_runs(0, 2 * MIB)]
+    assert runs == [[MIB + 512], [MIB - 512]]
+    if write:
+        await node.write(MIB + 1000, b"own")
+        parts = [
+            list(zip(part.length.tolist(), part.kind.tolist(), strict=True))
+            async for part in node.top.iter_runs(0, 2 * MIB)
+        ]
+        assert parts == [[(MIB, UNALLOCATED), (65536, DATA)], [(MIB - 65536, ZERO)]]
+        expected[MIB + 1000 : MIB + 1003] = b"own"
+    assert await node.read(0, 2 * MIB) == expected
 
 
 @pytest.mark.parametrize(("size", "problem"), [(1000, "multiple of 512"), (1 << 45, "use a larger cluster_size")])

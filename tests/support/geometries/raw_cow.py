@@ -20,11 +20,11 @@ def read(path: Path) -> bytes:
     image = path.read_bytes()
     _, _, backing, raw_name, _, size, _ = struct.unpack_from(">4sI1024s1024siQI", image)
     backing_format = image[2096:2128].rstrip(b"\0").decode()
-    cluster, bitmap = struct.unpack_from(">IQ", image, 2160)
+    cluster, bitmap, limit = struct.unpack_from(">IQQ", image, 2160)
     content = bytearray()
     if backing := backing.rstrip(b"\0").decode():
         with tempfile.TemporaryDirectory(dir=images.SCRATCH) as scratch:
-            content += images.raw_content(path.parent / backing, backing_format, Path(scratch))[:size]
+            content += images.raw_content(path.parent / backing, backing_format, Path(scratch))[: min(size, limit)]
     content += bytes(size - len(content))
     raw = (path.parent / raw_name.rstrip(b"\0").decode()).read_bytes().ljust(size, b"\0")
     for index in range(-(-size // cluster)):
@@ -90,8 +90,14 @@ KIT = Kit(
             ("raw_format", 2128, 8),
             ("cluster_size", 2160, 4),
             ("bitmap_offset", 2164, 8),
+            ("backing_limit", 2172, 8),
             ("bitmap", 4096, 8),
         )
     ),
     seal=_seal,
+    create=(
+        "raw_file=image.img",
+        "raw_file=image.img,cluster_size=512,backing_file=base,backing_fmt=raw",
+        "raw_file=image.img,cluster_size=2M",
+    ),
 )
