@@ -139,6 +139,9 @@ class FormatDriver(ABC):
     keeps_companions: ClassVar[bool] = False
     """``create`` leaves what its companions hold, so they are not emptied for it."""
 
+    needs_open_backing: ClassVar[bool] = False
+    """An image holds the identity of its backing file, so it can be made only while that is open."""
+
     path: str
     read_only: bool
     size: int

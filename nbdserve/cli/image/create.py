@@ -142,6 +142,8 @@ async def _create(
         raise ConfigError(f"{file}: Backing format cannot be used without backing file (-b)")
     if backing is not None:
         _refuse_same(file, full_name(file, backing), "backing file")
+        if unchecked and driver.needs_open_backing:
+            raise ConfigError(f"{file}: -u: a {driver.name} image holds the identity of its backing file ({backing})")
     if backing is None or unchecked:
         await _make(driver, file, _size(file, wanted, None), options, None, secret, quiet=quiet)
         return

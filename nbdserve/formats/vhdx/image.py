@@ -38,6 +38,7 @@ class VhdxImage(FormatDriver):
 
     name: ClassVar[str] = "vhdx"
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
+    needs_open_backing = True
     backing_formats: ClassVar[tuple[str, ...] | None] = ("vhdx",)
 
     def __init__(self, storage: Storage, structure: Structure, options: Mapping[str, Any]) -> None:

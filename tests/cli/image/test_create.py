@@ -58,6 +58,7 @@ def test_the_image_is_the_one_qemu_img_makes(
         (["-f", "qcow2", "-o", "nope=1", "i", "1M"], "'nope'"),
         (["-f", "qcow2", "-b", "base.raw", "i"], "without backing format"),
         (["-f", "qcow2", "-F", "raw", "i", "1M"], "without backing file"),
+        (["-f", "vhdx", "-u", "-b", "base.vhdx", "-F", "vhdx", "i", "1M"], "identity of its backing file"),
         (["-f", "qcow2", "-b", "nosuch", "-F", "raw", "i", "1M"], "nosuch"),
         (["-f", "qcow2", "-b", "base.raw", "-F", "qcow2", "i", "1M"], "base.raw"),
         (["-f", "qcow2", "-b", "base.raw", "-F", "foo", "i"], "foo"),
