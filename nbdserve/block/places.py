@@ -12,6 +12,7 @@ from typing import Final
 from nbdserve.block.chain import resolve
 from nbdserve.extents import DATA
 from nbdserve.formats.base import FormatDriver
+from nbdserve.units import is_power_of_two
 
 _LAYER_BITS: Final = 8
 LAYER_MASK: Final = (1 << _LAYER_BITS) - 1
@@ -41,8 +42,12 @@ class Places:
 
     @staticmethod
     def worthwhile(layers: Sequence[FormatDriver]) -> bool:
-        """Whether requests mostly lie inside one cluster, and the layers fit the numbers."""
-        return layers[0].cluster_size >= _SMALLEST_CLUSTER and len(layers) <= LAYER_MASK
+        """Whether requests mostly lie inside one cluster, and clusters and layers fit the numbers.
+
+        A Parallels image may have clusters of any number of sectors.
+        """
+        cluster_size = layers[0].cluster_size
+        return cluster_size >= _SMALLEST_CLUSTER and is_power_of_two(cluster_size) and len(layers) <= LAYER_MASK
 
     def learn_readable(self, offset: int) -> None:
         """Remember the cluster at ``offset`` if it is one run of data."""
