@@ -134,10 +134,9 @@ async def analyse(storage: Storage, header: Header, open_end: int | None = None)
 
 
 async def _find_tables(storage: Storage, found: Analysis) -> None:
-    """Read the L1 table, all of it: entries the disk does not need must be empty."""
+    """Read the L1 table, all of it: entries past the end of the disk use clusters too."""
     header = found.header
     tables = []
-    needed, extra = header.l1_used, 0
     for first in range(0, header.table_entries, BATCH_BYTES // 8):
         count = min(BATCH_BYTES // 8, header.table_entries - first)
         at = header.l1_table_offset + first * 8
@@ -150,14 +149,12 @@ async def _find_tables(storage: Storage, found: Analysis) -> None:
         valid &= (offsets + np.uint64(header.table_bytes) <= header.l1_table_offset) | (
             offsets >= header.l1_table_offset + header.table_bytes
         )
-        beyond = used + first >= needed
-        extra += int(beyond.sum())
-        for index in used[~valid & ~beyond].tolist():
-            found.corruption(f"L1 entry {first + index}: no L2 table can be at {int(entries[index]):#x}")
-        found.bad_l1 += (at + used[~valid | beyond] * 8).tolist()[: MAX_REPAIRS - len(found.bad_l1)]
-        tables.append(offsets[valid & ~beyond].astype(np.int64))
-    if extra:
-        found.corruption(f"{extra} L1 entries past the end of the disk are in use", extra)
+        bad = used[~valid]
+        if len(bad):
+            what = f"entry {first + int(bad[0])}: {int(entries[bad[0]]):#x}"
+            found.corruption(f"{len(bad)} L1 entries name no L2 table of the file, first {what}", len(bad))
+            found.bad_l1 += (at + bad * 8).tolist()[: MAX_REPAIRS - len(found.bad_l1)]
+        tables.append(offsets[valid].astype(np.int64))
     if tables:
         found.tables = np.sort(np.concatenate(tables))
     found.overlapping = int((np.diff(found.tables) < header.table_bytes).sum())

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final, Self, cast
 import numpy as np
 
 from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestError
-from nbdserve.extents import UNALLOCATED
+from nbdserve.extents import DATA, UNALLOCATED
 from nbdserve.formats.base import BackingReference, CheckResult, CreateOption, ImageInfo
 from nbdserve.formats.qed import layout
 from nbdserve.formats.qed.check import Analysis, analyse, check_qed
@@ -204,13 +204,14 @@ class QedDriver(TwoLevelDriver):
         if not self._has_room(len(absent) << self._bits):
             return None
         data = are_data(words)
-        for index in absent.tolist():
-            host_offset, _, zeroed = self._space.take()
-            if not zeroed:
-                self._space.end = host_offset  # it was the last one: given back
-                break
-            words[index] = host_offset
-            table.touch(first + index, first + index + 1)
+        if len(absent):
+            host_offset, count, zeroed = self._space.take(len(absent))
+            if zeroed:
+                places = np.arange(count, dtype=np.uint64) << np.uint64(self._bits)
+                words[absent[:count]] = places + np.uint64(host_offset)
+                table.touch(first + int(absent[0]), first + int(absent[count - 1]) + 1)
+            else:
+                self._space.end = host_offset  # they were the last ones: given back
         data |= words == 0
         count = int(data.argmax()) if data.any() else len(data)
         return min(length, count << self._bits)
@@ -234,24 +235,50 @@ class QedDriver(TwoLevelDriver):
     async def resize(self, size: int) -> None:
         """Grow the disk; the tables have their full size from the start, so that only the header changes.
 
-        ConfigError for a size that is smaller, no multiple of 512 or too large for the tables, and for an image with a
-        backing file, which could show in the new part. CorruptImageError when entries past the end are in use.
+        ConfigError for a size that is smaller, no multiple of 512 or too large for the tables; and for an image with a
+        backing file that shows in the last cluster, and only in a part of it.
         """
         header = replace(self.header, image_size=size)
         if size < self.size or size % SECTOR_SIZE or size > header.max_image_size:
             raise ConfigError(
                 f"{self.path}: {size} bytes: must be a multiple of 512 from {self.size} to {header.max_image_size}"
             )
-        if self.has_backing:
-            raise ConfigError(
-                f"{self.path}: a QED image with a backing file cannot grow: that could show in the new part"
-            )
         await self._commit.settle()
         stored = await self.storage.read(header.l1_table_offset, header.l1_used * 8)
-        l1 = Table(header.l1_table_offset, decode_table(stored, self.stored), self.stored)
-        covered = self.header.l1_used << self._l1_shift
-        beyond = [runs async for runs in self.iter_runs(align_up(self.size, self.cluster_size), covered)]
-        if l1.words[self.header.l1_used :].any() or any((runs.kind != UNALLOCATED).any() for runs in beyond):
-            raise CorruptImageError(self.path, "entries past the end are in use", field="image_size", value=self.size)
+        self.l1 = Table(header.l1_table_offset, decode_table(stored, self.stored), self.stored)
+        await self._clear(self.size, size)
+        await self._commit.settle()
+        # Until here the disk has its old size; what is in the tables past its end is zeroes already.
         await self._patch(layout.IMAGE_SIZE_AT, size)
-        self.header, self.geometry, self.l1, self.size = header, header.geometry, l1, size
+        self.header, self.geometry, self.size = header, header.geometry, size
+
+    async def _clear(self, start: int, end: int) -> None:
+        """Make ``[start, end)``, past the end of the disk, read as zeroes when the disk has it."""
+        async for runs in self.iter_runs(start, end):
+            for at, length, kind, host_offset in zip(
+                runs.start.tolist(), runs.length.tolist(), runs.kind.tolist(), runs.host_offset.tolist(), strict=True
+            ):
+                if kind == DATA:
+                    await self.data.zero(host_offset, length)
+                elif kind == UNALLOCATED and self.has_backing:
+                    await self._cover(at, at + length)
+
+    async def _cover(self, start: int, end: int) -> None:
+        """Put zeroed clusters over the backing file, which has not ended where the disk did."""
+        if start & self._cluster_mask:
+            raise ConfigError(
+                f"{self.path}: the last {start & self._cluster_mask} bytes are those of the backing file, which may "
+                "show behind them: write them first, then grow the disk"
+            )
+        while start < end:
+            done = self.zero(start, end - start, unmap=False)
+            if done is None:
+                await self.load(start)
+            elif done:
+                start += done
+            elif (allocation := self.allocate(start, self.cluster_size)) is None:
+                await self.prepare(start, self.cluster_size)
+            else:
+                await self.data.zero(allocation.host_offset, self.cluster_size)
+                self.publish(allocation)
+                start += allocation.length

@@ -131,14 +131,20 @@ async def test_windows_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> N
         )
 
 
-async def test_l1_entries_past_the_end_of_the_disk() -> None:
+async def test_l1_entries_past_the_end_of_the_disk_use_clusters_too() -> None:
     storage = await filled()
-    l1_offset, _ = await tables_of(storage)
+    l1_offset, tables = await tables_of(storage)
     at = l1_offset + 700 * 8
-    storage.content[at : at + 8] = (3 * CLUSTER).to_bytes(8, "little")
+    end = len(storage.content)
+    storage.content += bytes(2 * CLUSTER)
+    assert (await examined(storage)).leaks == 2
+    storage.content[at : at + 8] = end.to_bytes(8, "little")
     result = await examined(storage)
-    assert result.corruptions == 1
-    assert "past the end of the disk" in result.messages[0]
+    assert (result.leaks, result.corruptions) == (0, 0)
+    storage.content[at : at + 8] = tables[0].to_bytes(8, "little")
+    assert (await examined(storage)).corruptions
+    storage.content[at : at + 8] = (3 * CLUSTER + 1).to_bytes(8, "little")
+    assert (await examined(storage)).corruptions == 1
 
 
 async def test_a_repair_needs_a_writable_file() -> None:

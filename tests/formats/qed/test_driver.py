@@ -308,20 +308,64 @@ async def test_sizes_it_cannot_have() -> None:
     for size in (MIB - 512, MIB + 1, (1 << 63) - 512):
         with pytest.raises(ConfigError, match="multiple of 512 from"):
             await driver.resize(size)
-    below = (await opened(await made(MIB, backing_file="b", backing_fmt="raw"), base=b"")).top
-    with pytest.raises(ConfigError, match="backing file"):
-        await below.resize(2 * MIB)
 
 
-async def test_growing_over_entries_in_use_is_refused() -> None:
+@images.needs_qemu
+async def test_a_longer_backing_file_does_not_show_where_the_disk_grew(tmp_path: Path) -> None:
+    base = b"\xbb" * SIZE
+    storage = await made(MIB, backing_file="base", backing_fmt="raw")
+    driver = (await opened(storage, base=base)).top
+    await driver.resize(MIB + 512)
+    await driver.resize(2 * MIB)
+    await driver.close()
+    expected = base[:MIB] + bytes(MIB)
+    assert await (await opened(storage, base=base)).read(0, 2 * MIB) == expected
+    (tmp_path / "base").write_bytes(base)
+    path = tmp_path / "x.qed"
+    path.write_bytes(storage.content)
+    images.check(path, "qed")
+    assert images.raw_content(path, "qed", tmp_path) == expected
+
+
+async def test_growing_with_junk_where_the_file_ends() -> None:
+    base = b"\xbb" * SIZE
+    storage = await made(MIB, backing_file="base", backing_fmt="raw")
+    node = await opened(storage, base=base)
+    await node.write(0, b"x")
+    allocation = node.top.allocate(CLUSTER, 3 * CLUSTER)
+    assert allocation is not None
+    await storage.write(allocation.host_offset, b"junk" * 3072)
+    node.top.abandon(allocation)
+    await node.top.resize(MIB + 8 * CLUSTER)
+    node = Node(node.layers)
+    assert await node.read(MIB, 8 * CLUSTER) == bytes(8 * CLUSTER)
+    await node.close()
+    assert (await (await opened(storage, read_only=True)).top.check()).leaks == 0
+
+
+async def test_a_cluster_that_the_backing_file_shows_in_part_is_written_before_the_disk_grows() -> None:
+    base = b"\xbb" * SIZE
+    node = await opened(await made(MIB + 512, backing_file="base", backing_fmt="raw"), base=base)
+    with pytest.raises(ConfigError, match="last 512 bytes are those of the backing file"):
+        await node.top.resize(2 * MIB)
+    assert node.top.size == MIB + 512
+    await node.write(MIB, base[:512])
+    await node.top.resize(2 * MIB)
+    assert await Node(node.layers).read(MIB - 512, 2048) == base[:1024] + bytes(1024)
+    await node.close()
+
+
+async def test_what_is_past_the_end_of_the_disk_does_not_show_where_it_grows() -> None:
     storage = await made(SIZE)
     node = await opened(storage)
-    await node.write(SIZE - CLUSTER, b"x" * CLUSTER)
+    await node.write(SIZE - 2 * CLUSTER, b"x" * 2 * CLUSTER)
     await node.close()
-    storage.content[layout.IMAGE_SIZE_AT : layout.IMAGE_SIZE_AT + 8] = MIB.to_bytes(8, "little")
+    smaller = SIZE - 2 * CLUSTER + 512
+    storage.content[layout.IMAGE_SIZE_AT : layout.IMAGE_SIZE_AT + 8] = smaller.to_bytes(8, "little")
     driver = (await opened(storage)).top
-    with pytest.raises(CorruptImageError, match="past the end"):
-        await driver.resize(SIZE)
+    await driver.resize(SIZE)
+    assert await Node([driver]).read(smaller - 512, 2 * CLUSTER) == b"x" * 512 + bytes(2 * CLUSTER - 512)
+    await driver.close()
 
 
 # --- facts, and QEMU -------------------------------------------------------------------------------------------------
