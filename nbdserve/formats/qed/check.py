@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nbdserve.errors import ImageError
-from nbdserve.extents import ZERO
+from nbdserve.extents import ZERO, RunArray
 from nbdserve.formats.base import CheckResult
 from nbdserve.formats.qed import layout
 from nbdserve.formats.qed.layout import Header
@@ -44,6 +44,8 @@ class Analysis:
     result: CheckResult = field(default_factory=CheckResult)
     tables: Offsets = field(default_factory=lambda: np.empty(0, np.int64))
     """The L2 tables inside the file, ascending."""
+    blank: RunArray = field(default_factory=RunArray.empty)
+    """What the file system knows to be holes of the file: tables there are empty, and not read."""
     overlapping: int = 0
     """L2 tables that begin inside another. This cannot be repaired."""
     bad_l1: list[int] = field(default_factory=list)
@@ -61,6 +63,12 @@ class Analysis:
     def inner_holes(self) -> list[tuple[int, int]]:
         """Those before ``used_end``."""
         return [(first, count) for first, count in self.holes if first * self.header.cluster_size < self.used_end]
+
+    def is_blank(self, offset: int, length: int) -> bool:
+        """Whether the range of the file is known to be zeroes."""
+        run = int(np.searchsorted(self.blank.start, offset, "right")) - 1
+        end = offset + length
+        return run >= 0 and self.blank.kind[run] == ZERO and end <= self.blank.start[run] + self.blank.length[run]
 
     def say(self, message: str) -> None:
         """Keep a message, unless there are too many."""
@@ -116,14 +124,14 @@ async def analyse(storage: Storage, header: Header, open_end: int | None = None)
     found = Analysis(header, end)
     result = found.result
     result.total_clusters = div_ceil(header.image_size, header.cluster_size)
+    found.blank = await storage.host_map(0, storage.size)
     await _find_tables(storage, found)
     clusters = end // header.cluster_size
-    hole = await _holes(storage, found)
     first = 0
     while first < clusters:
         window = Window(first, min(WINDOW_CLUSTERS, clusters - first))
         _take_metadata(found, window)
-        async for positions, offsets in walk_entries(storage, header, found.tables[~hole]):
+        async for positions, offsets in walk_entries(storage, found):
             _look_at(found, window, positions, offsets)
         _count_unused(found, window)
         first += WINDOW_CLUSTERS
@@ -140,6 +148,8 @@ async def _find_tables(storage: Storage, found: Analysis) -> None:
     for first in range(0, header.table_entries, BATCH_BYTES // 8):
         count = min(BATCH_BYTES // 8, header.table_entries - first)
         at = header.l1_table_offset + first * 8
+        if found.is_blank(at, count * 8):
+            continue
         entries = np.frombuffer(await storage.read(at, count * 8), "<u8").astype(np.uint64)
         used = np.flatnonzero(entries)
         if not len(used):
@@ -174,19 +184,6 @@ def _inside(found: Analysis, offsets: npt.NDArray[np.uint64], length: int) -> np
     return inside
 
 
-async def _holes(storage: Storage, found: Analysis) -> npt.NDArray[np.bool_]:
-    """Which of the tables the file system knows to be zeroes: they are empty."""
-    tables = found.tables
-    if not len(tables):
-        return np.zeros(0, np.bool_)
-    start = int(tables[0])
-    runs = await storage.host_map(start, storage.size - start)
-    run = np.searchsorted(runs.start, tables, "right") - 1
-    ends = runs.start + runs.length
-    hole: npt.NDArray[np.bool_] = (runs.kind[run] == ZERO) & (tables + found.header.table_bytes <= ends[run])
-    return hole
-
-
 def _take_metadata(found: Analysis, window: Window) -> None:
     header = found.header
     window.take_range(0, header.header_size)
@@ -195,16 +192,17 @@ def _take_metadata(found: Analysis, window: Window) -> None:
         window.take_range(offset // header.cluster_size, header.table_size)
 
 
-async def walk_entries(
-    storage: Storage, header: Header, tables: Offsets
-) -> AsyncIterator[tuple[Offsets, npt.NDArray[np.uint64]]]:
+async def walk_entries(storage: Storage, found: Analysis) -> AsyncIterator[tuple[Offsets, npt.NDArray[np.uint64]]]:
     """``(host offsets of the entries, what they name)`` of every entry of an L2 table that names a cluster.
 
     No batch has entries of two tables.
     """
-    for table in tables.tolist():
-        for part in range(0, header.table_bytes, BATCH_BYTES):
-            length = min(BATCH_BYTES, header.table_bytes - part)
+    table_bytes = found.header.table_bytes
+    for table in found.tables.tolist():
+        for part in range(0, table_bytes, BATCH_BYTES):
+            length = min(BATCH_BYTES, table_bytes - part)
+            if found.is_blank(table + part, length):
+                continue
             entries = np.frombuffer(await storage.read(table + part, length), "<u8").astype(np.uint64)
             used = np.flatnonzero(entries > ZERO_ENTRY)
             if len(used):

@@ -83,9 +83,8 @@ class QedDriver(TwoLevelDriver):
             if found is not None:
                 driver._unclosed = True
                 await driver._space.release([(first * size, count * size) for first, count in found.inner_holes])
-            if header.autoclear_features:
-                # What the bits stand for is not known, so it is not kept up to date.
-                await driver._patch(layout.AUTOCLEAR_AT, 0)
+            # What autoclear features stand for is not known, so no write may pass them by.
+            driver._held = header.autoclear_features != 0
         return driver
 
     @staticmethod
@@ -106,10 +105,11 @@ class QedDriver(TwoLevelDriver):
         return found
 
     async def _before_first_change(self) -> None:
-        """Set ``need check``. Stable before anything is taken at the end of the file.
+        """Set ``need check``, clear unknown features. Stable before anything is taken at the end of the file.
 
         Crash before: nothing has changed. After: whoever opens the image to write it looks for leaks first.
         """
+        self._sector[layout.AUTOCLEAR_AT : layout.AUTOCLEAR_AT + 8] = bytes(8)
         await self._patch(layout.FEATURES_AT, self.header.features | layout.FEATURE_NEED_CHECK)
 
     async def _after_last_change(self) -> None:

@@ -70,7 +70,7 @@ async def close_gaps(storage: Storage, found: Analysis, most_moved: int | None =
 async def _last_clusters(storage: Storage, found: Analysis, threshold: int) -> list[tuple[int, int]]:
     """``(host offset of the entry, host offset of the cluster)`` of data clusters from ``threshold`` on, last first."""
     result: list[tuple[int, int]] = []
-    async for positions, offsets in walk_entries(storage, found.header, found.tables):
+    async for positions, offsets in walk_entries(storage, found):
         late = offsets >= threshold
         if late.any() and len(result) < _MOVES:
             result += zip(positions[late].tolist(), offsets[late].tolist(), strict=True)
@@ -84,7 +84,7 @@ async def _used_end(storage: Storage, found: Analysis) -> int:
     end = header.l1_table_offset + header.table_bytes
     if len(found.tables):
         end = max(end, int(found.tables[-1]) + header.table_bytes)
-    async for _, offsets in walk_entries(storage, header, found.tables):
+    async for _, offsets in walk_entries(storage, found):
         end = max(end, int(offsets.max()) + header.cluster_size)
     return end
 

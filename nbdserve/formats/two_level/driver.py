@@ -86,6 +86,8 @@ class TwoLevelDriver(FormatDriver):
         """The last writer has not closed the image."""
         self._stopped = ""
         """Why nothing may be changed any more."""
+        self._held = False
+        """Writing in place has to wait for ``_before_first_change``, or is not allowed any more."""
 
     async def _open_writable(self, end: int | None = None) -> None:
         """``end``: where new clusters begin, if it is not the end of the file."""
@@ -264,8 +266,11 @@ class TwoLevelDriver(FormatDriver):
         entry = entries[index]
         inside = offset & self._cluster_mask
         run = self.cluster_size - inside
-        if self._stopped:
-            raise RequestError(errno.EIO, self._stopped)
+        if self._held:
+            if self._stopped:
+                raise RequestError(errno.EIO, self._stopped)
+            self._starved = True
+            return None
         end, step = self._slice_entries, self.cluster_size
         if not BAD_ENTRY < entry < FLAG:
             if entry == BAD_ENTRY:
@@ -355,7 +360,7 @@ class TwoLevelDriver(FormatDriver):
             wanted, self._wanted = self._wanted, 0
             if not self._prepared:
                 await self._before_first_change()
-                self._prepared = True
+                self._prepared, self._held = True, bool(self._stopped)
             if self.cache.crowded:
                 await self._commit.commit()
             needed = align_up(wanted, self.cluster_size) + self.geometry.table_clusters * self.cluster_size
@@ -452,4 +457,4 @@ class TwoLevelDriver(FormatDriver):
             await self.storage.flush()
 
     def _stop_writing(self, reason: str) -> None:
-        self._stopped = reason
+        self._stopped, self._held = reason, True

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdserve.block.node import Node
+from nbdserve.block.writer import WRITE_DONE, WRITE_WAIT
 from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestError
 from nbdserve.extents import UNALLOCATED, ZERO
 from nbdserve.formats.base import BackingReference
@@ -163,13 +164,23 @@ async def test_qemu_opens_what_was_not_closed(tmp_path: Path) -> None:
     assert await node.read(0, CLUSTER) == b"a" * CLUSTER
 
 
-async def test_unknown_autoclear_features_are_cleared_by_a_writer_only() -> None:
-    storage = await made()
-    storage.content[32:40] = (1 << 40).to_bytes(8, "little")
-    await (await opened(storage, read_only=True)).close()
-    assert storage.content[32:40] != bytes(8)
-    await (await opened(storage)).close()
-    assert storage.content[32:40] == bytes(8)
+async def test_unknown_autoclear_features_are_cleared_before_the_first_write() -> None:
+    for in_place in (False, True):
+        storage = await made()
+        node = await opened(storage)
+        await node.write(0, b"x")
+        await node.close()
+        storage.content[32:40] = (1 << 40).to_bytes(8, "little")
+        await (await opened(storage, read_only=True)).close()
+        node = await opened(storage)
+        assert await node.read(0, 1) == b"x"
+        assert storage.content[32:40] != bytes(8)  # whatever else fails to open leaves the image as it is
+        assert node.submit_write(0, memoryview(b"y"), lambda error: None) == WRITE_WAIT
+        await node.write(0 if in_place else SIZE // 2, b"y")
+        assert storage.content[32:40] == bytes(8)
+        assert node.submit_write(0, memoryview(b"z"), lambda error: None) == WRITE_DONE
+        await node.close()
+        assert storage.content[32:40] == bytes(8)
 
 
 # --- zeroes ----------------------------------------------------------------------------------------------------------
