@@ -121,6 +121,7 @@ KIT = Kit(
         _vmdk("stream", 3 * MIB + 512, "subformat=streamOptimized", own=True),
         _vmdk("sesparse", 4 * MIB, own=True, make_from=_sesparse, stock="r"),
         _vmdk("cowd", 2 * MIB, own=True, make_from=_cowd, stock="r"),
+        # QEMU reads the rest of the first extent's last grain on into the second extent's range.
         _vmdk("misaligned", 3 * MIB, own=True, make_from=_split((MIB + 512, 2 * MIB - 512), "ss"), stock=""),
     ),
     stock_check=True,
