@@ -50,7 +50,9 @@ class UnitCache:
                 errno.EIO,
                 f"{self._storage.path}: compressed data at {host_offset:#x} ends past the end of the file",
             )
-        stored = await self._storage.read(host_offset, length)
+        stored = bytearray(length)
+        if not self._storage.try_read_into(host_offset, memoryview(stored)):
+            await self._storage.read_into(host_offset, memoryview(stored))
         try:
             data = await worker_pool().run(decompress, stored)
         except RequestError as error:

@@ -11,7 +11,7 @@ from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED
 from nbdserve.formats.inflate import ZLIB_WINDOW
 from nbdserve.formats.unit_cache import UnitCache
-from nbdserve.formats.vmdk.extents import SECTOR_BITS, GrainTable, SparseExtent
+from nbdserve.formats.vmdk.extents import SECTOR_BITS, SparseExtent
 from nbdserve.formats.vmdk.layout import GRAIN_MARKER, GRAIN_MARKER_BYTES
 from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.pool import worker_pool
@@ -58,12 +58,15 @@ class CompressedGrains:
         length = min(2 * grain, extent.file.size - place)
         key = place
         if extent.header.markers:
-            marker = GRAIN_MARKER.parse(await extent.file.read(place, GRAIN_MARKER_BYTES))
-            if not 0 < marker.size <= 2 * grain:
+            marker = bytearray(GRAIN_MARKER_BYTES)
+            if not extent.file.try_read_into(place, memoryview(marker)):
+                await extent.file.read_into(place, memoryview(marker))
+            length = int.from_bytes(marker[8:], "little")
+            if not 0 < length <= 2 * grain:
                 raise RequestError(
-                    errno.EIO, f"{extent.path}: grain marker at {place:#x}: size {marker.size} is not 1 to {2 * grain}"
+                    errno.EIO, f"{extent.path}: grain marker at {place:#x}: size {length} is not 1 to {2 * grain}"
                 )
-            place, length = place + GRAIN_MARKER_BYTES, marker.size
+            place += GRAIN_MARKER_BYTES
         inflate = partial(inflate_grain, grain_size=grain, needed=needed)
         data = await self._units.read(key, place, length, inflate)
         return start, data[: extent.size - start]
@@ -86,8 +89,8 @@ class CompressedGrains:
         if run[0] == 0:
             raise RequestError(errno.EIO, f"{extent.path}: the compressed grain at {offset:#x} is there already")
         assert extent.space is not None
-        table = extent.cache.find(extent.first_key + (offset >> extent.table_shift))
-        assert isinstance(table, GrainTable)
+        table = extent.find_table(offset >> extent.table_shift)
+        assert table is not None
         length = align_up(len(unit), SECTOR_SIZE)
         host_offset, _ = extent.space.take_whole(length // SECTOR_SIZE)
         table.pins += 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn, cast
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from nbdserve.formats.vmdk.layout import UNALLOCATED_ENTRY, ZEROED_ENTRY, Sparse
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up, div_ceil
 
-SECTOR_BITS = 9
+SECTOR_BITS: Final = 9
+"""log2 of the unit in which tables count."""
 
 
 class Extent:
@@ -138,7 +139,7 @@ class SparseExtent(Extent):
         # What lookup needs is one attribute away.
         self.grain_bits = header.grain_size.bit_length() - 1
         self.table_shift = header.coverage.bit_length() - 1
-        self._recent = cache.recent
+        self._recent = cast("dict[int, GrainTable]", cache.recent)
         self._grain = header.grain_size
         self._grain_mask = header.grain_size - 1
         self.grain_sectors = header.grain_size >> SECTOR_BITS
@@ -165,10 +166,9 @@ class SparseExtent(Extent):
         """What the extent has at ``offset``; EIO where the entry is invalid."""
         table = self._recent.get(self.first_key + (offset >> self.table_shift))
         if table is None:
-            table = self.cache.find(self.first_key + (offset >> self.table_shift))
+            table = self.find_table(offset >> self.table_shift)
             if table is None:
                 return self._without_table(offset, length)
-        assert isinstance(table, GrainTable)
         entries = table.entries
         index = (offset >> self.grain_bits) & self._table_mask
         entry = entries[index]
@@ -230,16 +230,20 @@ class SparseExtent(Extent):
             )
         return place
 
+    def find_table(self, index: int) -> GrainTable | None:
+        """Grain table ``index`` if it is in memory; it then counts as recently used."""
+        return cast("GrainTable | None", self.cache.find(self.first_key + index))
+
     def has_table(self, offset: int) -> bool:
         """Whether the table for ``offset`` is in memory, or there is none to load."""
         index = offset >> self.table_shift
-        return not self.directory[index] or self.cache.find(self.first_key + index) is not None
+        return not self.directory[index] or self.find_table(index) is not None
 
     async def load_table(self, index: int) -> None:
         """Bring grain table ``index`` into the cache. OSError, or RequestError(EIO)."""
         place = self.table_place(index)
         words = self.decode(await self.file.read(place, self.header.table_bytes))
-        if self.cache.find(self.first_key + index) is None:
+        if self.find_table(index) is None:
             redundant = 0 if self.redundant is None else self.host_base + (int(self.redundant[index]) << SECTOR_BITS)
             self.cache.add(GrainTable(self, index, self.host_base + place, words, redundant))
 
@@ -298,12 +302,11 @@ class SparseExtent(Extent):
         """Grains are overwritten in place."""
         table = self._recent.get(self.first_key + (offset >> self.table_shift))
         if table is None:
-            table = self.cache.find(self.first_key + (offset >> self.table_shift))
+            table = self.find_table(offset >> self.table_shift)
             if table is None:
                 if self._without_table(offset, length) is None:
                     return None
                 raise self._no_table(offset)
-        assert isinstance(table, GrainTable)
         entries = table.entries
         index = (offset >> self.grain_bits) & self._table_mask
         entry = entries[index]
@@ -336,10 +339,9 @@ class SparseExtent(Extent):
         return RequestError(errno.EIO, f"{self.path}: no grain table for offset {offset:#x} of the extent")
 
     def _table_for_change(self, offset: int) -> GrainTable | None:
-        table = self.cache.find(self.first_key + (offset >> self.table_shift))
+        table = self.find_table(offset >> self.table_shift)
         if table is None and not self.directory[offset >> self.table_shift]:
             raise self._no_table(offset)
-        assert table is None or isinstance(table, GrainTable)
         return table
 
     def allocate(self, offset: int, length: int) -> Allocation | None:
