@@ -17,7 +17,8 @@ from nbdserve.storage.base import ReadBuffer, Storage
 PART_BITS: Final = 48
 """log2 of the addresses of one file: 256 TiB, and 2^14 files in what a signed 64-bit column holds."""
 MAX_PARTS: Final = 1 << 14
-_INSIDE: Final = (1 << PART_BITS) - 1
+INSIDE_PART: Final = (1 << PART_BITS) - 1
+"""What of an address is the offset in its file."""
 
 
 class JoinedStorage(Storage):
@@ -44,22 +45,22 @@ class JoinedStorage(Storage):
     # Each call looks its part's method up anew: a file replaces an attempt that its file system refuses.
 
     def try_read_into(self, offset: int, buffer: memoryview) -> bool:
-        return self.parts[offset >> PART_BITS].try_read_into(offset & _INSIDE, buffer)
+        return self.parts[offset >> PART_BITS].try_read_into(offset & INSIDE_PART, buffer)
 
     def try_write(self, offset: int, data: ReadBuffer) -> bool:
-        return self.parts[offset >> PART_BITS].try_write(offset & _INSIDE, data)
+        return self.parts[offset >> PART_BITS].try_write(offset & INSIDE_PART, data)
 
     def can_send(self, offset: int, length: int) -> bool:
-        return self.parts[offset >> PART_BITS].can_send(offset & _INSIDE, length)
+        return self.parts[offset >> PART_BITS].can_send(offset & INSIDE_PART, length)
 
     def send(self, socket_fd: int, offset: int, length: int) -> int:
-        return self.parts[offset >> PART_BITS].send(socket_fd, offset & _INSIDE, length)
+        return self.parts[offset >> PART_BITS].send(socket_fd, offset & INSIDE_PART, length)
 
     async def read_into(self, offset: int, buffer: memoryview) -> None:
-        await self._part(offset).read_into(offset & _INSIDE, buffer)
+        await self._part(offset).read_into(offset & INSIDE_PART, buffer)
 
     async def write(self, offset: int, data: ReadBuffer) -> None:
-        await self._part(offset).write(offset & _INSIDE, data)
+        await self._part(offset).write(offset & INSIDE_PART, data)
 
     async def write_all(self, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
         """One trip for each file; an error is raised when nothing is under way any more."""
@@ -72,14 +73,14 @@ class JoinedStorage(Storage):
     def _by_part(self, pieces: Sequence[tuple[int, ReadBuffer]]) -> list[tuple[Storage, list[tuple[int, ReadBuffer]]]]:
         own: dict[int, list[tuple[int, ReadBuffer]]] = {}
         for offset, data in pieces:
-            own.setdefault(offset >> PART_BITS, []).append((offset & _INSIDE, data))
+            own.setdefault(offset >> PART_BITS, []).append((offset & INSIDE_PART, data))
         return [(self._part(index << PART_BITS), part) for index, part in own.items()]
 
     async def zero(self, offset: int, length: int, *, unmap: bool = True, fast: bool = False) -> None:
-        await self._part(offset).zero(offset & _INSIDE, length, unmap=unmap, fast=fast)
+        await self._part(offset).zero(offset & INSIDE_PART, length, unmap=unmap, fast=fast)
 
     async def discard(self, offset: int, length: int) -> None:
-        await self._part(offset).discard(offset & _INSIDE, length)
+        await self._part(offset).discard(offset & INSIDE_PART, length)
 
     async def flush(self) -> None:
         """Every file; a file in which nothing has changed does nothing."""
@@ -90,8 +91,8 @@ class JoinedStorage(Storage):
         raise OSError(errno.ENOTSUP, f"{self.path}: several files have no size of their own")
 
     async def host_map(self, offset: int, length: int, max_runs: int = 1 << 16) -> RunArray:
-        base = offset & ~_INSIDE
-        runs = await self._part(offset).host_map(offset & _INSIDE, length, max_runs)
+        base = offset & ~INSIDE_PART
+        runs = await self._part(offset).host_map(offset & INSIDE_PART, length, max_runs)
         placed = runs.host_offset >= 0
         host_offset = runs.host_offset.copy()
         host_offset[placed] += base

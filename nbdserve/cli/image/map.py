@@ -32,6 +32,9 @@ from nbdserve.errors import ConfigError, ImageError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.formats.qcow2.preallocation import metadata_preallocated
+from nbdserve.formats.vmdk.driver import VmdkDriver
+from nbdserve.storage.base import Storage
+from nbdserve.storage.joined import INSIDE_PART, PART_BITS, JoinedStorage
 from nbdserve.units import parse_size
 
 Columns: TypeAlias = npt.NDArray[np.int64]
@@ -78,7 +81,7 @@ async def _map(spec: ImageSpec, start: int, length: int | None, output: Output, 
         end = node.size if length is None else min(node.size, start + length)
         entries = merged(rows(node, start, end))
         if output is Output.JSON:
-            await _print_json(entries, start)
+            await _print_json(entries, start, node)
         else:
             await _print_human(entries, node)
     finally:
@@ -94,6 +97,7 @@ async def rows(node: Node, start: int, end: int) -> AsyncIterator[Columns]:
         for depth, layer in enumerate(node.layers)
         if isinstance(layer, Qcow2Driver) and await metadata_preallocated(layer.storage, layer.header)
     }
+    flat = [depth for depth, layer in enumerate(node.layers) if isinstance(layer, VmdkDriver)]
     async for part in map_chain(node.layers, start, end):
         columns = part
         hole = np.zeros(len(part), np.bool_)
@@ -101,6 +105,10 @@ async def rows(node: Node, start: int, end: int) -> AsyncIterator[Columns]:
             before = columns
             columns, found = split_by_holes(columns, depth, runs)
             hole = hole[np.searchsorted(before.start, columns.start, "right") - 1] | found
+        if flat:
+            # A hole in the file of a flat extent is data that is not there, as QEMU has it.
+            sparse = (columns.kind == ZERO) & (columns.host_offset >= 0) & np.isin(columns.depth, flat)
+            hole, columns.kind = hole | sparse, np.where(sparse, DATA, columns.kind).astype(np.uint8)
         yield _rows(columns, hole)
 
 
@@ -146,9 +154,13 @@ def json_lines(part: Columns) -> list[str]:
     ]
 
 
-async def _print_json(entries: AsyncIterator[Columns], start: int) -> None:
+async def _print_json(entries: AsyncIterator[Columns], start: int, node: Node) -> None:
     opening = "["
+    joined = [depth for depth, layer in enumerate(node.layers) if isinstance(layer.data, JoinedStorage)]
     async for part in entries:
+        if joined:
+            placed = (part[:, 4] >= 0) & np.isin(part[:, 2], joined)
+            part[placed, 4] &= INSIDE_PART
         for first in range(0, len(part), _ROWS_PRINTED):
             sys.stdout.write(opening + ",\n".join(json_lines(part[first : first + _ROWS_PRINTED])))
             opening = ",\n"
@@ -157,16 +169,23 @@ async def _print_json(entries: AsyncIterator[Columns], start: int) -> None:
     sys.stdout.write("]\n")
 
 
+def _place(storage: Storage, offset: int) -> str:
+    """The offset in a file, and the file, as columns."""
+    if isinstance(storage, JoinedStorage):
+        storage, offset = storage.parts[offset >> PART_BITS], offset & INSIDE_PART
+    return f"{_hex(offset):<16}{storage.path}"
+
+
 async def _print_human(entries: AsyncIterator[Columns], node: Node) -> None:
     print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
-    names = [layer.data.path for layer in node.layers]
+    files = [layer.data for layer in node.layers]
     async for part in entries:
         shown = part[part[:, 3] & (HAS_DATA | ZEROES) == HAS_DATA]
         known = shown[:, 4] >= 0
         stop = len(shown) if known.all() else int(known.argmin())
         for first in range(0, stop, _ROWS_PRINTED):
             lines = [
-                f"{_hex(start):<16}{_hex(length):<16}{_hex(offset):<16}{names[depth]}\n"
+                f"{_hex(start):<16}{_hex(length):<16}{_place(files[depth], offset)}\n"
                 for start, length, depth, _, offset in shown[first : min(first + _ROWS_PRINTED, stop)].tolist()
             ]
             sys.stdout.write("".join(lines))

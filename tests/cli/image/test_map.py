@@ -7,6 +7,7 @@ import pytest
 
 from nbdserve.cli.image.map import HAS_DATA, PRESENT, ZEROES, json_lines, merged
 from tests.cli.image.helpers import image, make_chain, qemu_img
+from tests.support.geometries import KITS, make, named
 from tests.support.images import needs_qemu
 
 
@@ -102,3 +103,18 @@ def test_the_user_gives_the_format_of_the_backing_file(
     refused = image(monkeypatch, "map", "-f", fmt, "top")
     assert refused.code == 1
     assert "never guessed" in refused.err
+
+
+@needs_qemu
+@pytest.mark.parametrize("name", ["flat", "three", "three-flat", "mixed", "split-child", "stream", "sesparse"])
+def test_images_of_several_files_are_mapped_as_by_qemu_img(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offsets count in the file that holds the range, and that file is named."""
+    monkeypatch.chdir(tmp_path)
+    path, _ = make(named(KITS["vmdk"].all, f"vmdk-{name}"), tmp_path)
+    for format_ in ([], ["--output", "json"]):
+        ours = image(monkeypatch, "map", *format_, path.name)
+        theirs = qemu_img("map", *format_, path.name)
+        assert ours.code == theirs.code
+        assert (ours.json() == theirs.json()) if format_ else (ours.out == theirs.out)
