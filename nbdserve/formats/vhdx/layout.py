@@ -140,6 +140,8 @@ class Header:
     """Entries with this one are to be replayed; NO_GUID: there are none."""
     log_offset: int
     log_length: int
+    log_version: int = 0
+    """Of the form of log entries, where there are any."""
 
     @classmethod
     def parse(cls, data: bytes) -> Header | None:
@@ -156,6 +158,7 @@ class Header:
             log_guid=UUID(bytes_le=fields.log_guid),
             log_offset=fields.log_offset,
             log_length=fields.log_length,
+            log_version=fields.log_version,
         )
 
     def build(self) -> bytes:
@@ -168,7 +171,7 @@ class Header:
                 "file_write_guid": self.file_write_guid.bytes_le,
                 "data_write_guid": self.data_write_guid.bytes_le,
                 "log_guid": self.log_guid.bytes_le,
-                "log_version": 0,
+                "log_version": self.log_version,
                 "version": 1,
                 "log_length": self.log_length,
                 "log_offset": self.log_offset,
@@ -184,7 +187,10 @@ class Header:
         """CorruptImageError where the log cannot be where the header says."""
         if self.log_length % MIB or (self.log_length == 0 and self.log_guid != NO_GUID):
             raise CorruptImageError(path, "must be a multiple of 1 MiB", field="LogLength", value=self.log_length)
-        place_inside(path, "LogOffset", self.log_offset, self.log_length, file_size)
+        if self.log_version and self.log_guid != NO_GUID:
+            raise UnsupportedImageError(path, "version 0 is known", field="LogVersion", value=self.log_version)
+        if self.log_length:
+            place_inside(path, "LogOffset", self.log_offset, self.log_length, file_size)
         if self.sequence_number >= (1 << 64) - 16:
             raise CorruptImageError(path, "too large", field="SequenceNumber", value=self.sequence_number)
 

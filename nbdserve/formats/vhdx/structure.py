@@ -109,7 +109,7 @@ class HeaderWriter:
         a copy that was torn has no valid checksum, and the other one is complete, and either old or new.
         """
         for _ in range(2):
-            header = self.header.next(**changes)
+            header = self.header.next(**changes, log_version=0)
             await self._storage.write_stable([(layout.HEADER_OFFSETS[1 - self._copy], header.build())])
             self.header, self._copy = header, 1 - self._copy
 

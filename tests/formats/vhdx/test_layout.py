@@ -62,6 +62,7 @@ def test_no_current_header() -> None:
     ("changes", "field"),
     [
         ({"log_length": 5}, "LogLength"),
+        ({"log_version": 1, "log_guid": UUID(int=1)}, "LogVersion"),
         ({"log_length": 0, "log_guid": UUID(int=1)}, "LogLength"),
         ({"log_offset": 0}, "LogOffset"),
         ({"log_offset": MIB + 512}, "LogOffset"),
@@ -70,10 +71,11 @@ def test_no_current_header() -> None:
     ],
 )
 def test_a_log_that_cannot_be_there(changes: dict[str, object], field: str) -> None:
-    with pytest.raises(CorruptImageError) as caught:
+    with pytest.raises(ImageError) as caught:
         HEADER.next(**changes).check("x", 4 * MIB)
     assert caught.value.field == field
-    HEADER.check("x", 4 * MIB)
+    for harmless in ({}, {"log_version": 1}, {"log_length": 0, "log_offset": 0}):
+        HEADER.next(**harmless).check("x", 4 * MIB)
 
 
 def test_a_header_cannot_run_out_of_numbers() -> None:
