@@ -119,3 +119,11 @@ async def test_small_clusters_are_not_remembered() -> None:
     assert Places.worthwhile((await overlay(None, MIB, cluster_size=4096)).layers)
     storage = MemoryStorage(b"r" * 512)
     assert not Places.worthwhile([RawDriver(storage, 0, 512, read_only=False)])
+
+
+async def test_clusters_that_are_no_power_of_two_are_not_remembered() -> None:
+    driver = RawDriver(MemoryStorage(size=MIB), 0, MIB, read_only=False)
+    driver.cluster_size = 63 * 512
+    assert not Places.worthwhile([driver])
+    driver.cluster_size = 64 * 512
+    assert Places.worthwhile([driver])
