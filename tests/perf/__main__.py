@@ -2,7 +2,7 @@
 
 Every case runs in rounds; in each round every server is started anew, measured and ended, in an order that rotates,
 so that a drift of the machine meets all of them alike. The figure of a server is the median of its rounds. Exit code
-1 when a ratio misses its floor.
+1 when a ratio misses its floor. The server ``ceiling``, on request, shows how fast the client itself can read here.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tests.perf.cases import Case, selected
 from tests.perf.clients import measure
 from tests.perf.images import Images, build
 from tests.perf.report import OURS, Figures, Result, print_table, save
-from tests.perf.servers import NBDKIT, QEMU_NBD, ServerKind, installed_command, running
+from tests.perf.servers import CEILING, NBDKIT, QEMU_NBD, ServerKind, build_ceiling, installed_command, running
 
 
 def run_case(case: Case, kinds: list[ServerKind], images: Images, rounds: int, seconds: float) -> Result:
     """All rounds of one case."""
-    able = [kind for kind in kinds if images.format(case) in kind.formats]
+    able = [kind for kind in kinds if images.format(case) in kind.formats and (kind.writes or not case.writes)]
     result = Result(case, {kind.name: Figures() for kind in able})
     images.warm(case)
     for number in range(rounds):
@@ -68,9 +68,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     known = {OURS: ServerKind(OURS, arguments.server_command), QEMU_NBD.name: QEMU_NBD, NBDKIT.name: NBDKIT}
-    if unknown := [name for name in arguments.servers if name not in known]:
-        parser.error(f"unknown server {unknown[0]}; there are: {', '.join(known)}")
-    arguments.kinds = [known[name] for name in arguments.servers]
+    if unknown := [name for name in arguments.servers if name not in known and name != CEILING]:
+        parser.error(f"unknown server {unknown[0]}; there are: {', '.join(known)}, {CEILING}")
+    arguments.kinds = [known[name] for name in arguments.servers if name != CEILING]
     if missing := [tool for tool in ("fio", "nbdcopy", "nbdkit", "qemu-nbd", "qemu-img") if not shutil.which(tool)]:
         parser.error(f"not installed: {', '.join(missing)}")
     return arguments
@@ -85,6 +85,8 @@ def main(argv: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="nbd-perf-") as temporary:
         directory = arguments.directory or Path(temporary)
         progress.print(f"images in {directory}")
+        if CEILING in arguments.servers:
+            arguments.kinds.append(build_ceiling(Path(temporary)))
         images = build(directory, arguments.size, {case.image for case in arguments.chosen})
         for case in arguments.chosen:
             result = run_case(case, arguments.kinds, images, arguments.rounds, arguments.seconds)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.perf.cases import Case
+from tests.perf.servers import CEILING
 
 OURS = "nbdserve"
 
@@ -74,18 +75,21 @@ class Result:
 
 
 def print_table(console: Console, results: list[Result], title: str) -> None:
-    """Medians of the three servers, the two ratios with their floors, and the largest RSS of ours."""
+    """Medians of the servers, the two ratios with their floors, and the largest RSS of ours."""
     table = Table(title=title)
     for heading in ("case", "unit"):
         table.add_column(heading, no_wrap=True)
-    for heading in (OURS, "qemu-nbd", "nbdkit", "/ qemu-nbd", "floor", "/ nbdkit", "floor", "RSS MiB"):
+    names = [OURS, "qemu-nbd", "nbdkit"]
+    if any(CEILING in result.servers for result in results):
+        names.append(CEILING)
+    for heading in (*names, "/ qemu-nbd", "floor", "/ nbdkit", "floor", "RSS MiB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         ours = result.servers.get(OURS)
         table.add_row(
             result.case.name,
             result.case.unit,
-            *(_figure(result, name) for name in (OURS, "qemu-nbd", "nbdkit")),
+            *(_figure(result, name) for name in names),
             *_ratio(result, "qemu-nbd"),
             *_ratio(result, "nbdkit"),
             f"{ours.peak_rss_mib:.0f}" if ours else "",

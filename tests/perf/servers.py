@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 START_SECONDS = 20.0
 
@@ -24,6 +25,7 @@ class ServerKind:
     name: str
     command: str
     formats: frozenset[str] = frozenset({"raw", "qcow2"})
+    writes: bool = True
 
     def argv(self, image: Path, image_format: str, sock: Path) -> list[str]:
         """The words to run."""
@@ -40,6 +42,23 @@ def installed_command() -> str:
 
 QEMU_NBD = ServerKind("qemu-nbd", "qemu-nbd -f {format} -t -e 8 -k {socket} --cache=writeback {image}")
 NBDKIT = ServerKind("nbdkit", "nbdkit -U {socket} -f file {image}", frozenset({"raw"}))
+
+
+CEILING: Final = "ceiling"
+
+
+def build_ceiling(directory: Path) -> ServerKind:
+    """``ceiling.c``, compiled: what the client can do where the server hardly counts.
+
+    It looks for requests for 20 us before it sleeps. RuntimeError without a C compiler.
+    """
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise RuntimeError("the ceiling is a C program, and there is no C compiler (Debian: apt-get install gcc)")
+    program = directory / "ceiling"
+    source = Path(__file__).with_name("ceiling.c")
+    subprocess.run([compiler, "-O2", "-o", str(program), str(source)], check=True)
+    return ServerKind(CEILING, f"{shlex.quote(str(program))} {{socket}} {{image}} 20", frozenset({"raw"}), writes=False)
 
 
 @dataclass(slots=True)
