@@ -81,7 +81,7 @@ def needed_secret(options: Mapping[str, Any], path: str) -> bytes:
     """The passphrase among the options of ``FormatDriver.open``. ImageError without one."""
     secret: bytes | None = options.get("secret")
     if secret is None:
-        raise ImageError(path, "the image is encrypted, and no secret is given")
+        raise ImageError(path, "the image is encrypted, and no secret is given", field="secret")
     return secret
 
 

@@ -35,6 +35,7 @@ from nbdserve.formats.qcow2.refcounts import Refcounts
 from nbdserve.formats.qcow2.snapshots import Snapshot, describe, find_snapshot, read_snapshots
 from nbdserve.formats.tables import L2Cache, L2Table, Table, decode_words
 from nbdserve.storage.base import Storage
+from nbdserve.storage.draft import Draft
 from nbdserve.units import KIB, SECTOR_SIZE
 
 ALL_BITS: Final = (1 << 64) - 1
@@ -135,7 +136,7 @@ class Qcow2Image(FormatDriver):
             driver.size = snapshot.disk_size
         if not read_only:
             if header.incompatible & layout.INCOMPATIBLE_DIRTY:
-                await driver._repair_dirty()
+                await cls._repair_dirty(storage, header, options)
                 return await cls.open(storage, options, read_only=False)
             await driver._open_writable(sector, snapshot_table_bytes, options)
         return driver
@@ -188,20 +189,29 @@ class Qcow2Image(FormatDriver):
             )
         return (Companion(header.data_file_name, "data file", guest_data_only=True),)
 
-    async def _repair_dirty(self) -> None:
-        """Rebuild the refcounts of an image whose writer kept them lazily and did not close it."""
-        result = await self.check(repair_leaks=True, repair_errors=True)
+    @classmethod
+    async def _repair_dirty(cls, storage: Storage, header: Header, options: Mapping[str, Any]) -> None:
+        """Rebuild the refcounts of an image whose writer kept them lazily and did not close it.
+
+        All or nothing: the repair is made once the image it makes is known to open.
+        """
+        from nbdserve.formats.qcow2.check_repair import repair  # noqa: PLC0415  (check works on drivers)
+
+        draft = Draft(storage)
+        result = await repair(draft, errors=True)
         if result.corruptions or result.check_errors:
             raise CorruptImageError(
-                self.path,
+                storage.path,
                 f"not closed cleanly, and {result.corruptions} errors remain",
                 field="incompatible_features",
-                value=self.header.incompatible,
+                value=header.incompatible,
                 hint="image check -r all",
             )
-        header, sector = await read_header(self.storage)
-        value = header.incompatible & ~layout.INCOMPATIBLE_DIRTY
-        await HeaderSector(self.storage, sector).patch(layout.INCOMPATIBLE_AT, value.to_bytes(8, "big"))
+        repaired, sector = await read_header(draft)
+        value = repaired.incompatible & ~layout.INCOMPATIBLE_DIRTY
+        await HeaderSector(draft, sector).patch(layout.INCOMPATIBLE_AT, value.to_bytes(8, "big"))
+        await cls.open(draft, options, read_only=False)
+        await draft.apply()
 
     async def _open_writable(self, sector: bytes, snapshot_table_bytes: int, options: Mapping[str, Any]) -> None:
         self.read_only = False

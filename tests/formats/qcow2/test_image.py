@@ -205,3 +205,17 @@ async def test_the_data_file_must_be_given(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="data file"):
         await Qcow2Driver.open(storage, {}, read_only=True)
     await storage.close()
+
+
+async def test_a_dirty_image_that_cannot_be_repaired_stays_as_it_is(tmp_path: Path) -> None:
+    """Without the bit of the external data file, its entries point past the end of the image."""
+    path = create(tmp_path / "a.qcow2", "8M", f"data_file={tmp_path / 'd'}")
+    qemu_io(path, "write -P 5 6M 1M")
+    _patch(path, 72, ">Q", 1)
+    before = path.read_bytes()
+    storage = await FileStorage.open(str(path))
+    with pytest.raises(ImageError) as caught:
+        await Qcow2Driver.open(storage, {}, read_only=False)
+    await storage.close()
+    assert caught.value.field
+    assert path.read_bytes() == before
