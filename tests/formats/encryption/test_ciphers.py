@@ -144,5 +144,5 @@ def test_without_a_key_nothing_is_read_or_written() -> None:
 def test_the_secret_is_asked_for() -> None:
     assert needed_secret({"secret": b"x"}, "disk") == b"x"
     for options in ({}, {"secret": None}):
-        with pytest.raises(ImageError, match="disk: the image is encrypted"):
+        with pytest.raises(ImageError, match="disk: secret = None: the image is encrypted"):
             needed_secret(options, "disk")
