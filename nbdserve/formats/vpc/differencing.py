@@ -19,6 +19,8 @@ from nbdserve.formats.vpc import image
 from nbdserve.formats.vpc.bitmaps import BitmapCache, SectorBitmap
 from nbdserve.formats.vpc.driver import VpcDriver
 from nbdserve.formats.vpc.image import BAD
+from nbdserve.formats.vpc.layout import Footer
+from nbdserve.formats.vpc.resize import resize_blocks
 from nbdserve.formats.vpc.runs import iter_sector_runs
 from nbdserve.units import SECTOR_SIZE, div_ceil
 
@@ -40,6 +42,7 @@ class DifferencingDriver(VpcDriver):
         self.bitmaps = BitmapCache(self._bitmap_size, sectors=self.header.block_size // SECTOR_SIZE)
         self._recent = self.bitmaps.recent
         self._loading: dict[int, asyncio.Task[None]] = {}
+        self._parent_size: int | None = None
         self._commit = OrderedCommit(self.storage, self._collect)
         name = await image.read_parent_name(self.storage, self.header)
         if name is not None:
@@ -55,6 +58,7 @@ class DifferencingDriver(VpcDriver):
 
     def accept_backing(self, backing: FormatDriver) -> None:
         """A VHD must be the one the image was made on. What is no VHD was named by the user, and has no identity."""
+        self._parent_size = backing.size
         if isinstance(backing, VpcDriver) and backing.footer.uuid != self.header.parent_uuid:
             raise ImageError(
                 self.path,
@@ -179,9 +183,10 @@ class DifferencingDriver(VpcDriver):
         """
         await self.storage.write_stable(pieces)
 
-    async def resize(self, size: int) -> None:
-        """ConfigError: a differencing image has the size of its parent."""
-        raise ConfigError(f"{self.path}: a differencing VHD keeps the size of its parent ({self.size} bytes)")
+    async def _resize(self, larger: Footer) -> None:
+        if self._parent_size is None:
+            raise ConfigError(f"{self.path}: a differencing VHD is made larger with its parent open")
+        await resize_blocks(self, self._space, larger, self._parent_size)
 
     async def _settle(self) -> None:
         await self._commit.settle()

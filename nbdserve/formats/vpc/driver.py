@@ -20,7 +20,7 @@ from nbdserve.formats.vpc.create import CREATE_OPTIONS, create_vpc, plan_image
 from nbdserve.formats.vpc.image import BAD, REPAIR_HINT, Footers
 from nbdserve.formats.vpc.layout import UNUSED, Footer
 from nbdserve.formats.vpc.reservations import Reservations
-from nbdserve.formats.vpc.resize import resize_dynamic, resized_footer
+from nbdserve.formats.vpc.resize import resize_blocks, resized_footer
 from nbdserve.formats.vpc.runs import iter_block_runs
 from nbdserve.formats.vpc.space import BlockSpace
 from nbdserve.storage.base import Storage
@@ -238,10 +238,11 @@ class VpcDriver(FormatDriver):
         self._full[allocation.token] = 1
 
     def abandon(self, allocation: Allocation) -> None:
-        """The place may hold some of the data: it is not used again while the image is open."""
+        """The place may hold some of the data."""
+        self._reservations.give_back(allocation.token)
 
     async def resize(self, size: int) -> None:
-        """Grow a dynamic or fixed image; ConfigError for what cannot be."""
+        """Grow the image; ConfigError for what cannot be."""
         larger = resized_footer(self.footer, size)
         await self.flush()
         await self._settle()
@@ -252,8 +253,7 @@ class VpcDriver(FormatDriver):
         await self._open(self._options, read_only=False)
 
     async def _resize(self, larger: Footer) -> None:
-        await self._space.tidy()
-        await resize_dynamic(self, larger)
+        await resize_blocks(self, self._space, larger)
 
     async def flush(self) -> None:
         """Guest data, and bits that were set: the table was stable before anything was in a block."""

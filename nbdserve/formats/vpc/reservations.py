@@ -36,6 +36,7 @@ class Reservations:
         self._space = space
         self._begin = begin
         self._ready: set[int] = set()
+        self._soiled: set[int] = set()
         self._wanted: set[int] = set()
         self._waiting: asyncio.Future[None] | None = None
         self._runner: asyncio.Task[None] | None = None
@@ -46,6 +47,10 @@ class Reservations:
             return None
         self._ready.remove(index)
         return self.shown[index]
+
+    def give_back(self, index: int) -> None:
+        """The place that was taken may hold anything; it is zeroes again before it is given to the block once more."""
+        self._soiled.add(index)
 
     def publish(self, index: int) -> None:
         """The table in memory shows the block, too."""
@@ -76,6 +81,7 @@ class Reservations:
         """Take back what was reserved and did not come to hold anything: the table on disk is the one in memory."""
         unused, self.shown = list(self.shown), {}
         self._ready.clear()
+        self._soiled.clear()
         if unused:
             await self._storage.write_stable(self._pieces(unused))
 
@@ -92,6 +98,14 @@ class Reservations:
                 waiting.set_result(None)
 
     async def _reserve(self, indexes: list[int]) -> None:
+        if not indexes:
+            return
+        soiled = {index: self.shown[index] for index in indexes if index in self._soiled}
+        for place in soiled.values():
+            await self._space.clear(place)
+        self._soiled.difference_update(soiled)
+        self._ready.update(soiled)
+        indexes = [index for index in indexes if index not in soiled]
         if not indexes:
             return
         # From here on the disk may show these places: they go to no other block, whatever fails.

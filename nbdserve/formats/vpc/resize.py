@@ -9,8 +9,11 @@ import numpy as np
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.vpc import layout
+from nbdserve.formats.vpc.bitmaps import BitmapCache
 from nbdserve.formats.vpc.geometry import MAX_GEOMETRY, fitting_geometry, image_size
+from nbdserve.formats.vpc.image import BAD
 from nbdserve.formats.vpc.layout import ENTRY_SIZE, FOOTER_SIZE, UNUSED, DynamicHeader, Footer
+from nbdserve.formats.vpc.space import BlockSpace
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up, div_ceil
 
@@ -56,32 +59,45 @@ async def resize_fixed(storage: Storage, footer: Footer, larger: Footer) -> None
     await storage.write_stable([(new, larger.build())])
 
 
-async def resize_dynamic(driver: VpcDriver, larger: Footer) -> None:
-    """Give a dynamic image a table for more blocks, then both footers of the new size.
+async def resize_blocks(driver: VpcDriver, space: BlockSpace, larger: Footer, parent_size: int = 0) -> None:
+    """Give an image a table for more blocks, then both footers of the new size. Nothing else is under way.
 
-    A table that has to move goes to the end of the file, in front of the footer; the header names it, in one sector,
-    when it is stable there. Until the footers change it merely has entries that no block of the disk needs.
+    What the parent of a differencing image, of ``parent_size`` bytes, has behind the old end does not appear: there are
+    zeroes over it before the footers change. Until they do, all of this is outside the disk.
     """
-    storage, header = driver.storage, driver.header
+    storage, header, old_size = driver.storage, driver.header, driver.size
     needed = div_ceil(larger.size, header.block_size)
     if needed * ENTRY_SIZE > layout.MAX_TABLE_BYTES:
         raise ConfigError(f"size={larger.size}: too many blocks of {header.block_size} bytes")
+    await space.tidy()
     if needed > header.max_entries:
-        await _enlarge_table(driver, replace(header, max_entries=needed))
+        header = await _enlarge_table(driver, replace(header, max_entries=needed))
+        space.end = storage.size - FOOTER_SIZE
+        await space.tidy()
     await _clear_last_block(driver)
+    hidden = min(parent_size, larger.size)
+    for index in range(old_size // header.block_size, div_ceil(hidden, header.block_size)):
+        start = index * header.block_size
+        first, last = max(old_size - start, 0), min(hidden - start, header.block_size)
+        if first < last:
+            await _put_zeroes(storage, header, space, index, first // SECTOR_SIZE, div_ceil(last, SECTOR_SIZE))
+    await space.tidy()
     await storage.write_stable([(storage.size - FOOTER_SIZE, larger.build())])
     await storage.write_stable([(0, larger.build())])
 
 
-async def _enlarge_table(driver: VpcDriver, header: DynamicHeader) -> None:
+async def _enlarge_table(driver: VpcDriver, header: DynamicHeader) -> DynamicHeader:
+    """The header that names the table with the entries ``header`` has.
+
+    A table that has to move goes to the end of the file, in front of the footer; the header names it, in one sector,
+    when it is stable there.
+    """
     storage, words = driver.storage, driver.table.words
-    old_end = header.table_offset + driver.header.max_entries * ENTRY_SIZE
-    room = align_up(old_end, SECTOR_SIZE) - header.table_offset
-    if header.max_entries * ENTRY_SIZE <= room:
+    old_bytes = driver.header.max_entries * ENTRY_SIZE
+    new_bytes = header.max_entries * ENTRY_SIZE
+    if new_bytes <= align_up(old_bytes, SECTOR_SIZE):
         # The rest of the table's last sector belongs to nothing else.
-        await storage.write_stable(
-            [(old_end, b"\xff" * (header.max_entries * ENTRY_SIZE - (old_end - header.table_offset)))]
-        )
+        await storage.write_stable([(header.table_offset + old_bytes, b"\xff" * (new_bytes - old_bytes))])
     else:
         table = np.full(align_up(header.max_entries, SECTOR_SIZE // ENTRY_SIZE), UNUSED, np.uint32)
         table[: len(words)] = words
@@ -90,14 +106,33 @@ async def _enlarge_table(driver: VpcDriver, header: DynamicHeader) -> None:
         await storage.write_stable([(place, table.astype(">u4").tobytes())])
         header = replace(header, table_offset=place)
     await storage.write_stable([(driver.footer.data_offset, header.build())])
+    return header
 
 
 async def _clear_last_block(driver: VpcDriver) -> None:
     """What the last block has behind the end of the disk is not to appear when the disk grows."""
-    block = driver.header.block_size
-    inside = driver.size % block
-    if inside:
-        run = driver.lookup(driver.size - SECTOR_SIZE, SECTOR_SIZE)
-        if run is not None and run[2] >= 0:
-            await driver.storage.zero(run[2] + SECTOR_SIZE, block - inside)
-            await driver.storage.flush()
+    header = driver.header
+    index, inside = divmod(driver.size, header.block_size)
+    if inside and driver.table.entries[index] < BAD:
+        start = driver.table.entries[index] * SECTOR_SIZE + header.bitmap_size
+        await driver.storage.zero(start + inside, header.block_size - inside)
+        await driver.storage.flush()
+
+
+async def _put_zeroes(
+    storage: Storage, header: DynamicHeader, space: BlockSpace, index: int, first: int, last: int
+) -> None:
+    """Let the sectors ``[first, last)`` of a block be here, as zeroes: data first, then bits, then the table entry."""
+    at = header.table_offset + index * ENTRY_SIZE
+    entry = int.from_bytes(await storage.read(at, ENTRY_SIZE), "big")
+    if entry == UNUSED:
+        (place,) = await space.take(1)
+    else:
+        place = entry * SECTOR_SIZE
+        await storage.zero(place + header.bitmap_size + first * SECTOR_SIZE, (last - first) * SECTOR_SIZE)
+        await storage.flush()
+    bitmap = BitmapCache(header.bitmap_size).add(index, place, await storage.read(place, header.bitmap_size))
+    bitmap.set(first, last - first)
+    await storage.write_stable(bitmap.pieces(bitmap.dirty))
+    if entry == UNUSED:
+        await storage.write_stable([(at, (place // SECTOR_SIZE).to_bytes(ENTRY_SIZE, "big"))])

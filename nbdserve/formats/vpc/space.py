@@ -56,6 +56,10 @@ class BlockSpace:
         self.end = end
         return places
 
+    async def clear(self, place: int) -> None:
+        """Let the data of the block at ``place`` be zeroes again."""
+        await self._storage.zero(place + self._bitmap_size, self._block_size)
+
     def _places(self, end: int, count: int) -> tuple[list[int], int]:
         """Blocks one behind the other, where stock tools would put them, too.
 

@@ -235,6 +235,13 @@ async def test_a_write_that_failed_leaves_nothing(tmp_path: Path) -> None:
     driver.abandon(first)
     assert driver.lookup(0, 4096) == (UNALLOCATED, 4096, -1)
     assert driver.allocate(0, 4096) is None
+    await driver.prepare(0, 4096)
+    again = driver.allocate(0, 4096)
+    assert again is not None
+    assert again.host_offset == first.host_offset
+    assert not any(await driver.data.read(again.host_offset, 4096))
+    await driver.data.write(first.host_offset, b"J" * 4096)
+    driver.abandon(again)
     await driver.close()
     is_well_made(path)
     assert b"JJ" not in path.read_bytes()

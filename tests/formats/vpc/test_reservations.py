@@ -123,6 +123,20 @@ async def test_what_was_taken_and_not_published_is_replaced() -> None:
     assert rig.table.entries[1] * 512 == second
 
 
+async def test_what_was_given_back_is_zeroes_again() -> None:
+    rig = Rig(ByteStorage(content()))
+    await rig.reservations.reserve([1])
+    place = rig.reservations.take(1)
+    assert place is not None
+    await rig.storage.write(place + 1000, b"J" * 3000)
+    rig.reservations.give_back(1)
+    assert rig.reservations.take(1) is None
+    await rig.reservations.reserve([1, 2])
+    assert rig.reservations.take(1) == place
+    assert rig.reservations.take(2) == place + 4608
+    assert b"J" not in rig.storage.content
+
+
 async def test_withdraw() -> None:
     rig = Rig(ByteStorage(content()))
     await rig.reservations.reserve([1, 2, 250])

@@ -14,9 +14,9 @@ from nbdserve.formats.vpc.driver import VpcDriver
 from nbdserve.formats.vpc.layout import Footer
 from nbdserve.formats.vpc.resize import resized_footer
 from nbdserve.units import MIB
-from tests.formats.vpc.files import content, make, open_driver, qemu_io, run, same_as_stock, scribble, stock
+from tests.formats.vpc.files import content, make, open_driver, open_node, qemu_io, run, same_as_stock, scribble, stock
 from tests.support.recording import Barrier, Change, Recorder, apply_change
-from tests.support.vhd_reader import footer_of
+from tests.support.vhd_reader import footer_of, read_plainly
 
 FOOTER = Footer(
     disk_type=layout.DYNAMIC, data_offset=512, current_size=10_514_432, original_size=10_514_432, cylinders=302,
@@ -112,9 +112,26 @@ async def test_at_every_moment_there_is_a_footer(options: dict[str, str]) -> Non
     assert sizes[-1] == 2 * MIB
 
 
-async def test_a_differencing_image_keeps_its_size(tmp_path: Path) -> None:
-    base = await make(tmp_path / "base.vhd", MIB)
-    driver = await open_driver(await make(tmp_path / "a.vhd", MIB, base))
-    with pytest.raises(ConfigError, match="size of its parent"):
-        await driver.resize(2 * MIB)
+@pytest.mark.parametrize("block_size", ["4k", "64k", "2M"])
+@pytest.mark.parametrize("base_size", [MIB, 2 * MIB, 5 * MIB])
+async def test_a_parent_does_not_appear(tmp_path: Path, base_size: int, block_size: str) -> None:
+    base = await make(tmp_path / "base.vhd", base_size, subformat="fixed", force_size="on")
+    qemu_io(base, f"write -P 9 0 {base_size}")
+    old = 2 * MIB - 512
+    path = await make(tmp_path / "a.vhd", old, base, block_size=block_size)
+    model = bytearray(b"\x09" * min(base_size, old)).ljust(old, b"\0")
+    await scribble(path, model, 1, 3)
+    for size in (2 * MIB + 3 * 512, 3 * MIB, 8 * MIB):
+        node = await open_node(path)
+        await node.top.resize(size)
+        await node.close()
+        model.extend(bytes(size - len(model)))
+        assert await content(path) == model
+        assert read_plainly(path.read_bytes(), base.read_bytes()) == model
+    await scribble(path, model, 2, 6)
+    driver = await open_driver(path)
+    result = await driver.check()
+    assert (result.corruptions, result.leaks) == (0, 0)
+    with pytest.raises(ConfigError, match="parent open"):
+        await driver.resize(9 * MIB)
     await driver.close()

@@ -116,6 +116,17 @@ async def test_entries_have_32_bits() -> None:
         await blocks.take(3)
 
 
+async def test_clear() -> None:
+    storage = ByteStorage(image())
+    blocks = space(storage)
+    first, second = await blocks.take(2)
+    storage.content[first : second + 600] = b"J" * (second + 600 - first)
+    await blocks.clear(first)
+    assert storage.content[first : first + 512] == b"J" * 512
+    assert not any(storage.content[first + 512 : second])
+    assert storage.content[second : second + 600] == b"J" * 600
+
+
 async def test_open_only_after_the_first_block() -> None:
     blocks = space(ByteStorage(image()))
     assert not blocks.is_open
