@@ -42,6 +42,8 @@ class FlatImage(FormatDriver):
         answers the other way, which awaits ``load`` before it asks again."""
         self._announced = False
         """That way is here."""
+        self._outstanding = 0
+        """Units allocated, neither published nor abandoned: being written, or lost with a write that was cancelled."""
         self._guarded = self._reluctant
         """``lookup_writable`` has more to do than to look."""
 
@@ -181,6 +183,7 @@ class FlatImage(FormatDriver):
             wanted += 1
         host_offset, count, zeroed = self.space.take(wanted)
         table.pins += 1
+        self._outstanding += count
         return Allocation(offset, min(length, count * self._block), host_offset, zeroed, (table, index, count))
 
     async def prepare(self, offset: int, length: int) -> None:
@@ -206,6 +209,7 @@ class FlatImage(FormatDriver):
             word += self._step
         table.touch(index, index + count)
         table.pins -= 1
+        self._outstanding -= count
         end = allocation.host_offset + count * self._block
         if word > self._high:
             self._set_host_limit(end)
@@ -214,6 +218,7 @@ class FlatImage(FormatDriver):
         """The units are free after the next commit."""
         table, _, count = allocation.token
         table.pins -= 1
+        self._outstanding -= count
         self.space.free(allocation.host_offset, count)
 
     def _check_whole(self) -> None:

@@ -303,8 +303,11 @@ class ParallelsDriver(FlatImage):
         """The file ends behind the last cluster before the header says that the image is closed."""
         if not self._marked:
             return
-        if self.storage.size != self.space.end:
-            await self.storage.truncate(self.space.end)
+        end = self.space.end
+        if self._outstanding and not self.extension.transit:
+            end = self.header.data_offset + (await self.scan()).end * self._block
+        if self.storage.size != end:
+            await self.storage.truncate(end)
         await self.storage.flush()
         self.header = replace(self.header, in_use=CLOSED)
         await self.storage.write_stable([(0, self.header.build())])

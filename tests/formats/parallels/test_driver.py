@@ -216,6 +216,20 @@ async def test_a_cluster_of_which_a_part_is_written_shows_nothing_stale(tmp_path
     images.qemu_io(path, "parallels", ["write -P 7 8M 512", "read -P 0 8389120 1048064"])
 
 
+async def test_a_cancelled_write_leaves_nothing_behind_the_last_cluster(tmp_path: Path) -> None:
+    path = await flat.make(tmp_path / "a.hds", 9 * MIB, "parallels")
+    driver = await open_with(ParallelsDriver, path)
+    await flat.write(driver, 0, b"s" * MIB)
+    for _ in range(2):
+        allocation = driver.allocate(4 * MIB, MIB)
+        assert allocation is not None
+        await driver.data.write(allocation.host_offset, b"lost" * (MIB // 4))
+    await driver.close()
+    assert path.stat().st_size == 2 * MIB
+    images.check(path, "parallels")
+    images.qemu_io(path, "parallels", ["write -P 7 8M 512", "read -P 0 8389120 1048064"])
+
+
 # --- in use ----------------------------------------------------------------------------------------------------------
 
 
