@@ -55,3 +55,25 @@ def test_a_bomb_makes_no_more_than_its_unit(
 ) -> None:
     with pytest.raises(RequestError, match="more than 65536 bytes"):
         expand(bomb(bytes(4 << 20)), 65536)
+
+
+@pytest.mark.parametrize("level", [0, 1, 6, 9])
+def test_the_result_is_that_of_zlib_for_any_stream(level: int) -> None:
+    """Whatever a damaged stream is to zlib, bytes or an error, it is here."""
+    rng = random.Random(level)
+    stored = zlib.compress(DATA, level)
+    for _ in range(400):
+        damaged = bytearray(stored)
+        for _ in range(rng.choice((1, 3))):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        judge = zlib.decompressobj()
+        try:
+            wanted = judge.decompress(damaged, len(DATA))
+            right = judge.eof and len(wanted) == len(DATA)
+        except zlib.error:
+            wanted, right = b"", False
+        if right:
+            assert inflate(damaged, len(DATA)) == wanted
+        else:
+            with pytest.raises(RequestError):
+                inflate(damaged, len(DATA))

@@ -60,6 +60,7 @@ class RawCowDriver(FormatDriver):
         self.keeps_places = True
         if header.backing_file is not None:
             self.backing = BackingReference(header.backing_file, header.backing_format)
+        self._stored = bitmap.bits
         self._bits = header.cluster_size.bit_length() - 1
         self._virgin = data.size
         """Where the raw file has never held anything: space from here on reads as zeroes until it is allocated."""
@@ -151,23 +152,27 @@ class RawCowDriver(FormatDriver):
 
     def lookup(self, offset: int, length: int) -> Run:
         """DATA where the bit is set; else UNALLOCATED, and ZERO where the backing file is not visible."""
-        kind, length, host_offset = self.lookup_writable(offset, length)
-        if kind != DATA and offset + length > self._limit:
-            if offset >= self._limit:
-                return ZERO, length, -1
-            length = self._limit - offset
-        return kind, length, host_offset
-
-    def lookup_writable(self, offset: int, length: int) -> Run:
-        """What is in the raw file is overwritten there."""
-        bitmap = self.bitmap
-        if not bitmap.missing:
-            return DATA, length, offset
         index = offset >> self._bits
         last = offset + length - 1 >> self._bits
         if index != last:
-            length = min(length, (bitmap.run_end(index, last + 1) << self._bits) - offset)
-        if bitmap.bits[index >> 3] >> (index & 7) & 1:
+            bitmap = self.bitmap
+            length = min(length, (bitmap.run_end(index, last + 1) << self._bits) - offset) if bitmap.missing else length
+        if self._stored[index >> 3] >> (index & 7) & 1:
+            return DATA, length, offset
+        if offset + length > self._limit:
+            if offset >= self._limit:
+                return ZERO, length, -1
+            length = self._limit - offset
+        return UNALLOCATED, length, -1
+
+    def lookup_writable(self, offset: int, length: int) -> Run:
+        """What is in the raw file is overwritten there."""
+        index = offset >> self._bits
+        last = offset + length - 1 >> self._bits
+        if index != last:
+            bitmap = self.bitmap
+            length = min(length, (bitmap.run_end(index, last + 1) << self._bits) - offset) if bitmap.missing else length
+        if self._stored[index >> 3] >> (index & 7) & 1:
             return DATA, length, offset
         return UNALLOCATED, length, -1
 
