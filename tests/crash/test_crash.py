@@ -91,3 +91,13 @@ def test_control_raw_cow_without_either_flush() -> None:
     assert {site.split(":")[1] for site in sites} == {"_barrier_data", "_barrier_bits"}
     for site in sites:
         assert _breaks(geometry, site), f"nobody misses {site}"
+
+
+def test_control_two_levels_without_either_barrier() -> None:
+    """Entries before their data, or new tables, are stable show what the file held before; others hide data."""
+    geometry = named(CRASH_GEOMETRIES, "qcow")
+    sites = set().union(*(run_scenario(geometry, seed, CONTROL).sites for seed in range(SEED, SEED + 4)))
+    needed = [site for site in sites if site.split(":")[1] in ("_barrier_data", "_barrier_mapping")]
+    assert len(needed) == 3
+    for site in needed:
+        assert _breaks(geometry, site), f"nobody misses {site}"
