@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from nbdserve.extents import DATA, Run
+import numpy as np
+
+from nbdserve.extents import COMPRESSED, DATA, Run, RunArray, RunStream
 from nbdserve.formats.base import Allocation, FormatDriver
 from nbdserve.formats.encryption.ciphers import CbcCipher, IvGenerator, LockedCipher, SectorCipher, needed_secret
 from nbdserve.formats.encryption.storage import EncryptedStorage
@@ -59,6 +61,12 @@ class GuestSectorDriver(FormatDriver):
         """As the driver's."""
         return _placed(super().lookup(offset, length), offset)  # type: ignore[safe-super]
 
+    async def iter_runs(self, start: int, end: int) -> RunStream:
+        """As the driver's, without host offsets: the bytes there are not the guest's."""
+        async for runs in super().iter_runs(start, end):  # type: ignore[safe-super]
+            host_offset = np.where(runs.kind == COMPRESSED, runs.host_offset, -1)
+            yield RunArray(runs.start, runs.length, runs.kind, host_offset).coalesced()
+
     def lookup_writable(self, offset: int, length: int) -> Run | None:
         """As the driver's."""
         return _placed(super().lookup_writable(offset, length), offset)
@@ -68,6 +76,7 @@ class GuestSectorDriver(FormatDriver):
         allocation = super().allocate(offset, length)
         if allocation is not None:
             allocation.host_offset = place_of(allocation.host_offset, allocation.offset)
+            allocation.zeroed = False  # zeroes in the file are noise to the guest
         return allocation
 
     def publish(self, allocation: Allocation) -> None:

@@ -94,11 +94,11 @@ async def _unlock(header: Header, storage: Storage, offset: int, secret: bytes) 
                 value=iterations,
             )
 
-    tried = False
+    tried: list[int] = []
     for number, slot in enumerate(header.slots):
         if not slot.active:
             continue
-        tried = True
+        tried.append(number)
         charge(f"LUKS key slot {number} iterations", slot.iterations, key_bytes)
         charge("LUKS key iterations", header.digest_iterations, layout.DIGEST_BYTES)
         material = await storage.read(offset + slot.offset, header.cipher.material_bytes)
@@ -106,8 +106,8 @@ async def _unlock(header: Header, storage: Storage, offset: int, secret: bytes) 
         if key is not None:
             return key
     if not tried:
-        raise ImageError(path, "no key slot is in use, so no passphrase can open it", field="LUKS key slots", value=0)
-    raise ImageError(path, "the passphrase opens none of the LUKS key slots", hint="check the secret")
+        raise ImageError(path, "none is in use, so no secret can open it", field="LUKS key slots", value=tried)
+    raise ImageError(path, "the secret opens none of them", field="LUKS key slots", value=tried)
 
 
 def _open_slot(header: Header, slot: KeySlot, material: bytearray, secret: bytes) -> bytes | None:

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Final, Self, cast
 
 import numpy as np
 
-from nbdserve.errors import UnsupportedImageError
 from nbdserve.formats.base import BackingReference, CheckResult, CreateOption, ImageInfo
 from nbdserve.formats.inflate import inflate
 from nbdserve.formats.qcow import layout
@@ -60,21 +59,22 @@ class QcowDriver(TwoLevelDriver):
 
     @classmethod
     async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
-        """Open the image."""
+        """Open the image. Options: ``secret``, the passphrase of an encrypted one."""
         header = await read_header(storage)
-        driver_class = cls._class_for(header, storage.path)
         stored = await storage.read(header.l1_table_offset, header.l1_entries * 8)
         l1 = Table(header.l1_table_offset, decode_in_place(stored, cls.stored), cls.stored)
-        driver = driver_class(storage, header, l1, options)
+        driver = cls._class_for(header)(storage, header, l1, options)
         if not read_only:
             await driver._open_writable()
         return driver
 
     @classmethod
-    def _class_for(cls, header: Header, path: str) -> type[Self]:
+    def _class_for(cls, header: Header) -> type[Self]:
         """The class that knows how the data clusters are stored."""
-        if header.crypt_method != layout.CRYPT_NONE:
-            raise UnsupportedImageError(path, "AES encryption", field="crypt_method", value=header.crypt_method)
+        if header.crypt_method == layout.CRYPT_AES:
+            from nbdserve.formats.qcow.aes import AesQcowDriver  # noqa: PLC0415  (a subclass of this class)
+
+            return cast("type[Self]", AesQcowDriver)
         return cls
 
     @classmethod

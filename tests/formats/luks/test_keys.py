@@ -50,7 +50,7 @@ async def test_the_passphrase_opens_it_and_no_other() -> None:
     assert first == await unlock(data)
     assert first != await unlock(await volume()), "each volume has a key of its own"
     for wrong in (b"", b"pass", b"pass word\n", b"Pass word"):
-        with pytest.raises(ImageError, match="opens none of the LUKS key slots"):
+        with pytest.raises(ImageError, match="opens none"):
             await unlock(data, wrong)
     with pytest.raises(ImageError, match="no secret is given"):
         await unlock(data, None)
@@ -78,7 +78,7 @@ async def test_each_slot_has_its_passphrase(tmp_path: Path) -> None:
 
 
 async def test_no_slot_in_use() -> None:
-    with pytest.raises(ImageError, match="no key slot is in use") as caught:
+    with pytest.raises(ImageError, match="none is in use") as caught:
         await unlock(patched(await volume(), SLOT, 0xDEAD))
     assert caught.value.field == "LUKS key slots"
 
