@@ -31,7 +31,7 @@ from nbdserve.storage.base import Storage
 from nbdserve.storage.pool import worker_pool
 from nbdserve.units import div_ceil
 
-MAX_UNLOCK_SECONDS: Final = 60
+MAX_UNLOCK_SECONDS: Final[float] = 60
 """Of one processor, for all slots that are tried. Eight slots of two seconds, on a machine a quarter as fast."""
 _CALIBRATION_SECONDS: Final = 0.01
 

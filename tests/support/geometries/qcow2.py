@@ -58,6 +58,33 @@ _SMALL = (
     ),
 )
 
+_LUKS = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+_AES = "encrypt.format=aes,encrypt.key-secret=s"
+_ENCRYPTED = (
+    Geometry("4k-luks", 2 * MIB, "qcow2", f"{_LUKS},cluster_size=4k", encryption="luks", secret=b"a passphrase"),
+    Geometry(
+        "16k-ext-luks-backing",
+        2 * MIB,
+        "qcow2",
+        f"{_LUKS},cluster_size=16k,extended_l2=on",
+        base="raw",
+        base_size=1 * MIB,
+        encryption="luks",
+        secret=b"a passphrase",
+    ),
+    Geometry(
+        "512-aes", 512 * KIB, "qcow2", f"{_AES},cluster_size=512", own=True, encryption="aes", secret=b"a passphrase"
+    ),
+    Geometry(
+        "16k-ext-aes",
+        2 * MIB,
+        "qcow2",
+        f"{_AES},cluster_size=16k,extended_l2=on",
+        encryption="aes",
+        secret=b"a passphrase",
+    ),
+)
+
 _MORE = (
     Geometry("2m", 24 * MIB, "qcow2", options="cluster_size=2M"),
     Geometry("2m-backing", 24 * MIB, "qcow2", options="cluster_size=2M", base="raw", base_size=10 * MIB, own=True),
@@ -117,4 +144,4 @@ _FIELDS = (
 )
 """docs/interop/qcow2, "Header"."""
 
-KIT = Kit("qcow2", _SMALL, _MORE, stock_check=True, fields=_FIELDS)
+KIT = Kit("qcow2", _SMALL + _ENCRYPTED, _MORE, stock_check=True, fields=_FIELDS)
