@@ -30,7 +30,7 @@ from typing import Any
 
 from nbdserve.block.graph import open_alone, open_image
 from nbdserve.block.node import Node
-from nbdserve.errors import ImageError, RequestError
+from nbdserve.errors import ConfigError, ImageError, RequestError
 from nbdserve.formats.luks import keys
 from nbdserve.storage.file import FileStorage
 from nbdserve.units import KIB, MIB
@@ -177,6 +177,10 @@ async def _open(geometry: Geometry, path: Path, *, read_only: bool) -> Node | No
     except ImageError as error:
         _judge_refusal(error, path)
         return None
+    except ConfigError:
+        if not geometry.secret:
+            raise
+        return None  # the damage took the encryption, and a secret for nothing is refused
 
 
 def _judge_refusal(error: ImageError, path: Path) -> None:

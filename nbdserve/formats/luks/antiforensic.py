@@ -18,27 +18,29 @@ def split(key: bytes, stripes: int, hash_name: str) -> bytes:
 def merge(material: bytes | bytearray, key_bytes: int, hash_name: str) -> bytes:
     """The key of ``key_bytes`` that was split into ``material``, a multiple of that."""
     last = len(material) - key_bytes
-    return _xor(_diffused(material[:last], key_bytes, hash_name), bytes(material[last:]))
+    return _xor(_diffused(material[:last], key_bytes, hash_name), material[last:])
 
 
 def _diffused(stripes: bytes | bytearray, key_bytes: int, hash_name: str) -> bytes:
-    """Every stripe is added (xor), and the sum hashed after each, so that a bit of any changes all of the result."""
+    """Every stripe is added (xor), and the sum hashed after each, so that a bit of any changes all of the result.
+
+    Each digest-sized part of the sum becomes the hash of its number and itself; a last part that is shorter stays so.
+    """
+    size = hashlib.new(hash_name, usedforsecurity=False).digest_size
+    starts = range(0, key_bytes, size)
+    # Copies of a context cost less than new ones, and there are thousands.
+    begun = [hashlib.new(hash_name, number.to_bytes(4, "big"), usedforsecurity=False) for number in range(len(starts))]
     block = bytes(key_bytes)
-    for start in range(0, len(stripes), key_bytes):
-        block = _diffuse(_xor(block, bytes(stripes[start : start + key_bytes])), hash_name)
+    for at in range(0, len(stripes), key_bytes):
+        block = _xor(block, stripes[at : at + key_bytes])
+        parts = []
+        for context, start in zip(begun, starts, strict=True):
+            hashing = context.copy()
+            hashing.update(block[start : start + size])
+            parts.append(hashing.digest())
+        block = b"".join(parts)[:key_bytes]
     return block
 
 
-def _diffuse(block: bytes, hash_name: str) -> bytes:
-    """Each digest-sized part becomes the hash of its number and itself; a last part that is shorter stays so."""
-    size = hashlib.new(hash_name, usedforsecurity=False).digest_size
-    parts = []
-    for number, start in enumerate(range(0, len(block), size)):
-        part = block[start : start + size]
-        digest = hashlib.new(hash_name, number.to_bytes(4, "big") + part, usedforsecurity=False).digest()
-        parts.append(digest[: len(part)])
-    return b"".join(parts)
-
-
-def _xor(one: bytes, other: bytes) -> bytes:
+def _xor(one: bytes | bytearray, other: bytes | bytearray) -> bytes:
     return (int.from_bytes(one, "big") ^ int.from_bytes(other, "big")).to_bytes(len(one), "big")
