@@ -27,6 +27,7 @@ from nbdserve.cli.image.common import (
 )
 from nbdserve.errors import ImageError
 from nbdserve.formats.base import FormatDriver, ImageInfo, SnapshotInfo
+from nbdserve.formats.encryption.storage import EncryptedStorage
 from nbdserve.formats.qcow2.bitmap_directory import FLAG_NAMES, read_bitmap_directory
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.storage.file import FileStorage
@@ -132,7 +133,8 @@ async def _describe(driver: FormatDriver, path: str) -> Layer:
                     for bitmap in bitmaps
                 ]
         facts.specific = {key: facts.specific[key] for key in sorted(facts.specific, key=_position)}
-        files = dict.fromkeys((driver.storage, driver.data))
+        data = driver.data.inner if isinstance(driver.data, EncryptedStorage) else driver.data
+        files = dict.fromkeys((driver.storage, data))
         return Layer(path, facts, sum(file.allocated_size() for file in files))
     finally:
         await driver.close()

@@ -36,7 +36,7 @@ class EncryptedStorage(Storage):
         self.path = inner.path
         self.read_only = inner.read_only
         self.alignment = max(SECTOR_SIZE, inner.alignment)
-        self._inner = inner
+        self.inner = inner
         self._cipher = cipher
         self._start = start
         self._uses: list[_Use] = []
@@ -44,7 +44,7 @@ class EncryptedStorage(Storage):
     @property
     def size(self) -> int:  # type: ignore[override]
         """Bytes, without what precedes ``start``."""
-        return max(0, self._inner.size - self._start)
+        return max(0, self.inner.size - self._start)
 
     def _place(self, offset: int) -> tuple[int, int]:
         """Where ``offset`` is: the host offset, and the number of the sector that it is in for the cipher."""
@@ -62,12 +62,12 @@ class EncryptedStorage(Storage):
         skip = offset & _IN_SECTOR
         if skip or length & _IN_SECTOR:
             whole = memoryview(bytearray(align_up(skip + length, SECTOR_SIZE)))
-            if not self._inner.try_read_into(host_offset - skip, whole):
+            if not self.inner.try_read_into(host_offset - skip, whole):
                 return False
             self._cipher.decrypt(sector, whole)
             buffer[:] = whole[skip : skip + length]
             return True
-        if not self._inner.try_read_into(host_offset, buffer):
+        if not self.inner.try_read_into(host_offset, buffer):
             return False
         self._cipher.decrypt(sector, buffer)
         return True
@@ -79,7 +79,7 @@ class EncryptedStorage(Storage):
         if self._uses and self._is_used(offset, length, writes=True):
             return False
         host_offset, sector = self._place(offset)
-        return self._inner.try_write(host_offset, self._cipher.encrypt(sector, data))
+        return self.inner.try_write(host_offset, self._cipher.encrypt(sector, data))
 
     def _is_used(self, offset: int, length: int, *, writes: bool) -> bool:
         ranges = [self._sectors(offset, length)]
@@ -102,7 +102,7 @@ class EncryptedStorage(Storage):
 
     async def _read_sectors(self, offset: int, buffer: memoryview) -> None:
         host_offset, sector = self._place(offset)
-        await self._inner.read_into(host_offset, buffer)
+        await self.inner.read_into(host_offset, buffer)
         if len(buffer) <= INLINE:
             self._cipher.decrypt(sector, buffer)
         else:
@@ -145,7 +145,7 @@ class EncryptedStorage(Storage):
             encrypted = self._encrypt(pieces)
         else:
             encrypted = await worker_pool().run(self._encrypt, pieces)
-        await self._inner.write_all(encrypted)
+        await self.inner.write_all(encrypted)
 
     def _sectors(self, offset: int, length: int) -> Range:
         """The host range of the sectors that the range touches."""
@@ -190,21 +190,21 @@ class EncryptedStorage(Storage):
         """Nothing happens: which parts of the disk are in use would show from outside."""
 
     async def flush(self) -> None:
-        await self._inner.flush()
+        await self.inner.flush()
 
     async def truncate(self, size: int) -> None:
         """Set the size; unlike elsewhere new space reads as noise."""
-        await self._inner.truncate(self._start + size)
+        await self.inner.truncate(self._start + size)
 
     async def host_map(self, offset: int, length: int, max_runs: int = 1 << 16) -> RunArray:
         """All DATA: a hole is not what reads as zeroes."""
         return RunArray.of(offset, length, DATA, offset)
 
     def allocated_size(self) -> int:
-        return self._inner.allocated_size()
+        return self.inner.allocated_size()
 
     async def close(self) -> None:
-        await self._inner.close()
+        await self.inner.close()
 
 
 class _Use:

@@ -183,13 +183,15 @@ class Header:
         )
         return data
 
-    def describe(self) -> dict[str, Any]:
-        """What qemu-img prints as the format-specific information."""
+    def describe(self, format_name: str | None = None) -> dict[str, Any]:
+        """What qemu-img prints, in its order, as the format-specific information; ``format_name`` only inside qcow2."""
         spec = self.cipher
         facts: dict[str, Any] = {"ivgen-alg": spec.iv_generator, "hash-alg": self.hash, "cipher-alg": spec.algorithm}
         facts["uuid"] = self.uuid
         if spec.iv_hash is not None:
             facts["ivgen-hash-alg"] = spec.iv_hash
+        if format_name is not None:
+            facts["format"] = format_name
         facts["cipher-mode"] = spec.mode
         facts["slots"] = [
             {"active": True, "iters": slot.iterations, "key-offset": slot.offset, "stripes": slot.stripes}

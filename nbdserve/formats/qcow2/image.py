@@ -289,9 +289,8 @@ class Qcow2Image(FormatDriver):
             specific["corrupt"] = bool(self._marking or header.incompatible & layout.INCOMPATIBLE_CORRUPT)
             specific["extended-l2"] = header.extended_l2
         if header.crypt_method != layout.CRYPT_NONE:
-            specific["encrypt"] = {"format": layout.CRYPT_NAMES[header.crypt_method]}
-            if self._luks_header is not None:
-                specific["encrypt"] |= self._luks_header.describe()
+            name, luks_header = layout.CRYPT_NAMES[header.crypt_method], self._luks_header
+            specific["encrypt"] = {"format": name} if luks_header is None else luks_header.describe(name)
         if header.has_data_file:
             specific["data-file"] = header.data_file_name
             specific["data-file-raw"] = header.data_file_raw

@@ -28,7 +28,7 @@ from nbdserve.units import SECTOR_SIZE
 rng = random.Random(3)
 KEYS = {size: rng.randbytes(size) for size in (16, 24, 32, 64)}
 FIRST = (0, 1, 77, (1 << 32) - 3, (1 << 32) + 5, (1 << 40) + 1)
-COUNTS = (1, 2, 7, 31, 32, SECTORS_AT_ONCE, SECTORS_AT_ONCE + 1, 3 * SECTORS_AT_ONCE - 1)
+COUNTS = (1, 2, 7, 39, 40, SECTORS_AT_ONCE, SECTORS_AT_ONCE + 1, 3 * SECTORS_AT_ONCE - 1)
 
 
 def expected(

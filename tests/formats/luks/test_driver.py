@@ -13,6 +13,7 @@ import pytest
 from nbdserve.block.graph import open_image
 from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import open_layer
+from nbdserve.cli.image.info import _collect, as_json, as_text
 from nbdserve.errors import ConfigError, CorruptImageError, ImageError
 from nbdserve.extents import DATA
 from nbdserve.formats.luks.driver import LuksDriver
@@ -108,6 +109,9 @@ def described(facts: dict[str, Any]) -> dict[str, Any]:
 
 async def test_info_is_that_of_qemu_img_and_needs_no_secret(tmp_path: Path) -> None:
     path = Stock(tmp_path).create("a.luks", "luks", choose("cipher-mode=cbc,ivgen-alg=essiv"), "1M")
+    (shown,) = await _collect(str(path), None, False, False, None)
+    assert as_text(shown) == images.run("qemu-img", "info", path)
+    assert as_json(shown) == images.info(path)
     layer = await open_layer(str(path), None)
     facts, theirs = layer.info(), images.info(path)
     assert facts.encrypted is theirs["encrypted"] is True

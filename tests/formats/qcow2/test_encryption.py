@@ -14,6 +14,7 @@ import pytest
 from nbdserve.block.graph import open_image
 from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import open_layer
+from nbdserve.cli.image.info import _collect, as_json, as_text
 from nbdserve.cli.image.map import merged, rows
 from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestError, UnsupportedImageError
 from nbdserve.extents import COMPRESSED
@@ -113,6 +114,9 @@ async def test_what_we_make_qemu_reads_and_writes(tmp_path: Path, options: str) 
 async def test_info_is_that_of_qemu_img_and_needs_no_secret(tmp_path: Path) -> None:
     stock = Stock(tmp_path)
     for path in (stock.create("a.qcow2", "qcow2", LUKS, "1M"), await make(tmp_path / "b.qcow2", MIB)):
+        (shown,) = await _collect(str(path), None, False, False, None)
+        assert as_text(shown) == images.run("qemu-img", "info", path)
+        assert as_json(shown) == images.info(path)
         layer = await open_layer(str(path), None)
         facts, theirs = layer.info(), images.info(path)
         await layer.close()
