@@ -132,7 +132,11 @@ async def test_a_block_of_which_everything_was_written_is_here_as_a_whole() -> N
 
 async def test_bits_left_over_from_a_former_block_mean_nothing() -> None:
     """The bits are all set, the block is gone; a new one has only what is written to it."""
-    parent, child, model = await parent_and_child(SIZE)
+    parent, model = await made(SIZE), bytearray(b"\x99" * SIZE)
+    below = await node_on(parent)
+    await below.write(0, model)
+    await finish(below)
+    child = await child_of(parent, SIZE)
     node = await node_on(child, parent)
     await node.write(2 * MIB, b"\xcc" * (MIB - 512))
     await finish(node)
@@ -164,6 +168,26 @@ async def test_a_part_of_a_block_of_zeroes(state: int) -> None:
     model[2 * MIB + 700 : 2 * MIB + 704] = b"part"
     assert await node.read(0, SIZE) == model
     await finish(node)
+    assert await (await node_on(child, parent, read_only=True)).read(0, SIZE) == model
+
+
+async def test_a_part_of_a_block_of_zeroes_where_another_block_was() -> None:
+    parent, child, model = await parent_and_child(SIZE)
+    node = await node_on(child, parent)
+    await node.write(5 * MIB, b"\xff" * MIB)
+    await node.zero(2 * MIB, MIB)
+    await node.flush()
+    size = child.size
+    await node.zero(5 * MIB, MIB, unmap=True)
+    await node.flush()
+    await driver_of(node)._commit.settle()
+    await node.write(2 * MIB + 700, b"part")
+    for start in (2 * MIB, 5 * MIB):
+        model[start : start + MIB] = bytes(MIB)
+    model[2 * MIB + 700 : 2 * MIB + 704] = b"part"
+    assert await node.read(0, SIZE) == model
+    await finish(node)
+    assert child.size == size
     assert await (await node_on(child, parent, read_only=True)).read(0, SIZE) == model
 
 
