@@ -195,10 +195,10 @@ async def test_zeroes_and_discards_at_every_boundary(geometry: Geometry, tmp_pat
     image, rng = build(geometry), random.Random(SEED)
     stores, content = stores_of(image), bytearray(image.guest)
     node = await image.open(stores)
-    cluster = node.top.cluster_size
+    unit = max(node.top.cluster_size, 4096)
     ranges = list(pieces(node, rng))
-    ranges += [(place, min(node.size - place, cluster * rng.choice((1, 2)))) for place in range(0, node.size, cluster)]
-    ranges = [(offset, length) for offset, length in rng.sample(ranges, min(150, len(ranges))) if length]
+    ranges += [(place, min(node.size - place, unit * rng.choice((1, 2)))) for place in range(0, node.size, unit)]
+    ranges = rng.sample(ranges, min(100, len(ranges)))
     for offset, length in ranges:
         end = offset + length
         way = rng.randrange(4)
@@ -217,10 +217,10 @@ async def test_zeroes_and_discards_at_every_boundary(geometry: Geometry, tmp_pat
                 assert error.errno == errno.ENOTSUP
         else:
             await node.discard(offset, length)
-            now = await node.read(offset, length)
-            for at in range(length):
-                assert now[at] in {0, content[offset + at]}, "a discard leaves the old bytes or zeroes"
-            content[offset:end] = now
+            now = np.frombuffer(await node.read(offset, length), np.uint8)
+            old = np.frombuffer(bytes(content[offset:end]), np.uint8)
+            assert ((now == 0) | (now == old)).all(), "a discard leaves the old bytes or zeroes"
+            content[offset:end] = now.tobytes()
         around = max(0, offset - 600), min(node.size, end + 600)
         assert await node.read(around[0], around[1] - around[0]) == content[slice(*around)], (offset, length, way)
     assert await read_all(node, node.size) == content
@@ -389,7 +389,9 @@ async def test_what_an_image_grows_by_reads_as_zeroes(geometry: Geometry, tmp_pa
         content = content[:at] + b"\xa5" * 512 + content[at + 512 :]
         await node.close()
         await judged(image, stores, content, tmp_path)
-    assert grown, "a format that can be resized can grow"
+    assert grown or geometry.base == geometry.fmt, (
+        "a format that can be resized can grow, unless its parent's size counts"
+    )
 
 
 @pytest.mark.parametrize("geometry", RESIZABLE, ids=str)
