@@ -34,7 +34,7 @@ from tests.support.workload import Mix, Workload, read_all
 
 SEED = int(os.environ.get("NBDSERVE_SEED", "1"))
 READABLE = [geometry for kit in KITS.values() for geometry in kit.geometries + kit.readable]
-RESIZABLE = [geometry for geometry in CRASH_GEOMETRIES if driver_for(geometry.fmt).can("resize")]
+RESIZABLE = [g for g in CRASH_GEOMETRIES if driver_for(g.fmt).can("resize") and not g.noise]
 BYTES = tuple(range(-2, 3))
 
 pytestmark = images.needs_qemu
@@ -93,6 +93,13 @@ async def judged(image: Image, contents: list[ByteStorage], wanted: bytes, folde
     judge(image.geometry, path, folder, wanted)
 
 
+def test_every_format_joins() -> None:
+    assert sorted(KITS) == sorted(DRIVERS)
+    for kit in KITS.values():
+        assert kit.fields or kit.fmt == "raw", f"{kit.fmt}: the boundary sweep has nothing to do"
+        assert bool(kit.geometries) == DRIVERS[kit.fmt].can("lookup_writable"), kit.fmt
+
+
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +139,7 @@ async def test_the_mapping_is_told_the_same_way_by_all_who_tell_it(geometry: Geo
                 if driver.name != "raw":  # its storage knows of holes, which ``lookup`` does not ask for
                     assert kind == runs.kind[index], f"{first:#x}"
                 if kind == DATA:
-                    assert driver.name == "raw" or host_offset == runs.host_offset[index]
+                    assert driver.name in {"raw", "luks"} or host_offset == runs.host_offset[index]
         assert at == end, "the runs cover the range"
     await node.close()
 
@@ -374,16 +381,16 @@ async def test_what_an_image_grows_by_reads_as_zeroes(geometry: Geometry, tmp_pa
     cluster = node.top.cluster_size
     await node.close()
     grown, size, stores = 0, image.size, stores_of(image)
-    for more in (512, max(512, cluster), 3 * max(512, cluster) + 512, 9 * MIB):
+    for more in (512, 3 * max(512, cluster) + 512, 9 * MIB):
         result = await _resized(image, stores, size + more)
         if result is None:
             continue
         grown += 1
         size += more
         content = content.ljust(size, b"\0")
-        await judged(image, result, content, tmp_path)
         stores = [ByteStorage(store.content, store.path) for store in result]
         node = await image.open(stores)
+        assert (node.size, await read_all(node, size)) == (size, content)
         at = size - more - 256 if size - more >= 256 else 0
         await node.write(at, b"\xa5" * 512)
         content = content[:at] + b"\xa5" * 512 + content[at + 512 :]

@@ -45,6 +45,8 @@ class Geometry:
     """QEMU's tools zero parts of it without damage."""
     reader: Callable[[Path], bytes] | None = None
     """The content of the image by an independent reader, where QEMU's tools are none."""
+    noise: bool = False
+    """What was never written reads as anything: it is deciphered like the rest."""
     encryption: Literal["", "luks", "aes"] = ""
     secret: bytes = b""
     """Its passphrase (printable)."""

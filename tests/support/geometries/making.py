@@ -121,7 +121,9 @@ def make(geometry: Geometry, folder: Path, seed: int = 0) -> tuple[Path, bytes]:
     if geometry.snapshot:
         images.run("qemu-img", "snapshot", "-c", "first", path)
     guest.extend(bytes(_size_of(geometry, stock) - len(guest)))
-    if geometry.stock and stock.raw_content(folder) != guest:
+    if geometry.noise:
+        guest[:] = stock.raw_content(folder)
+    elif geometry.stock and stock.raw_content(folder) != guest:
         raise AssertionError(f"{geometry}: qemu-img does not read what was put in")
     return path, bytes(guest)
 
