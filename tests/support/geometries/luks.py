@@ -11,7 +11,7 @@ _MADE = "key-secret=s,iter-time=10"
 
 def _geometry(name: str, size: int, options: str = "") -> Geometry:
     options = f"{_MADE},{options}".rstrip(",")
-    return Geometry(f"luks-{name}", size, "luks", options=options, own=True, secret=SECRET)
+    return Geometry(f"luks-{name}", size, "luks", options=options, own=True, secret=SECRET, noise=True)
 
 
 _GEOMETRIES = (
@@ -39,4 +39,4 @@ _FIELDS = (
 )
 """LUKS On-Disk Format Specification 1.2.3, figures 1 and 2."""
 
-KIT = Kit("luks", _GEOMETRIES, _MORE, fields=_FIELDS)
+KIT = Kit("luks", _GEOMETRIES, _MORE, create=(), fields=_FIELDS)
