@@ -200,6 +200,11 @@ class FormatDriver(ABC):
         cls.check_option_names(options)
 
     @classmethod
+    def encrypts(cls, options: Mapping[str, str]) -> bool:
+        """Whether an image made with these options is encrypted, so that ``create`` needs a secret."""
+        return False
+
+    @classmethod
     def check_option_names(cls, options: Mapping[str, str]) -> None:
         """ConfigError for the first option that is none of ``create_options``."""
         known = {option.name for option in cls.create_options}

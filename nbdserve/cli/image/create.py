@@ -167,6 +167,8 @@ async def _make(
 ) -> None:
     # Whatever is wrong with the options is found before a file is touched.
     driver.validate_create(size, options)
+    if secret is None and driver.encrypts(options):
+        raise ConfigError(f"{file}: an encrypted image needs a secret: give --secret-file, --secret-env or --object")
     paths = [file]
     for name in driver.created_companions(file, size, options):
         path = full_name(file, name)

@@ -60,6 +60,11 @@ class LuksDriver(FormatDriver):
             raise ConfigError(f"size={size}: a LUKS volume has at most {MAX_SIZE} bytes")
 
     @classmethod
+    def encrypts(cls, options: Mapping[str, str]) -> bool:
+        """Always."""
+        return True
+
+    @classmethod
     def created_size(cls, size: int, options: Mapping[str, str]) -> int:
         """Whole sectors."""
         return align_up(size, SECTOR_SIZE)

@@ -223,14 +223,15 @@ def parse_options(options: Mapping[str, str]) -> Options:
         data_file_raw=_boolean(options, "data_file_raw"),
         compression_type=("zlib", "zstd").index(_choice(options, "compression_type", "zlib", ("zlib", "zstd"))),
         preallocation=_choice(options, "preallocation", "off", ("off", "metadata", "falloc", "full")),
-        encryption=_parse_encryption(options),
+        encryption=parse_encryption(options),
     )
     _boolean(options, "nocow")
     _check_together(parsed)
     return parsed
 
 
-def _parse_encryption(options: Mapping[str, str]) -> VolumeOptions | None:
+def parse_encryption(options: Mapping[str, str]) -> VolumeOptions | None:
+    """The options ``encrypt.*``; None where nothing is to be encrypted. ConfigError for a bad one."""
     prefix = "encrypt."
     chosen = {name.removeprefix(prefix): value for name, value in options.items() if name.startswith(prefix)}
     if _boolean(options, "encryption") or chosen.get("format") == "aes":

@@ -23,7 +23,7 @@ from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.allocator import Allocator
 from nbdserve.formats.qcow2.commit import Committer, HeaderSector
 from nbdserve.formats.qcow2.compressed import CompressedClusters
-from nbdserve.formats.qcow2.create import CREATE_OPTIONS, create_qcow2, plan_image, virtual_size
+from nbdserve.formats.qcow2.create import CREATE_OPTIONS, create_qcow2, parse_encryption, plan_image, virtual_size
 from nbdserve.formats.qcow2.encryption import open_encryption
 from nbdserve.formats.qcow2.layout import (
     COPIED,
@@ -239,6 +239,11 @@ class Qcow2Image(FormatDriver):
     def validate_create(cls, size: int, options: Mapping[str, str]) -> None:
         """ConfigError as for ``create``."""
         plan_image(size, options)
+
+    @classmethod
+    def encrypts(cls, options: Mapping[str, str]) -> bool:
+        """With ``encrypt.format``."""
+        return parse_encryption(options) is not None
 
     @classmethod
     def created_size(cls, size: int, options: Mapping[str, str]) -> int:

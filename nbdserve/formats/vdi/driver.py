@@ -53,6 +53,7 @@ class VdiDriver(FlatImage):
 
     name: ClassVar[str] = "vdi"
     backing_formats: ClassVar[tuple[str, ...] | None] = ("vdi",)
+    needs_open_backing = True
     create_options: ClassVar[tuple[CreateOption, ...]] = (
         CreateOption(
             "backing_file", "File name of the parent: make a differencing image, which does not store the name"

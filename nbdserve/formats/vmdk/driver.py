@@ -37,6 +37,7 @@ class VmdkDriver(FormatDriver):
     name = "vmdk"
     create_options = CREATE_OPTIONS
     backing_formats = ("vmdk",)
+    needs_open_backing = True
 
     def __init__(self, storage: Storage, data: Storage, source: Source, extents: list[Extent], cache: L2Cache) -> None:
         self.storage, self.data, self.path = storage, data, storage.path

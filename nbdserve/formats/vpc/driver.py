@@ -33,6 +33,7 @@ class VpcDriver(FormatDriver):
     name: ClassVar[str] = "vpc"
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
     backing_formats: ClassVar[tuple[str, ...] | None] = ("vpc",)
+    needs_open_backing = True
 
     def __init__(self, storage: Storage, footers: Footers, footer: Footer) -> None:
         self.storage = self.data = storage

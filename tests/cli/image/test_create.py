@@ -249,3 +249,27 @@ def test_a_secret_that_is_not_there(
     assert problem in ours.err
     assert "hush" not in ours.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [["-f", "luks"], ["-f", "qcow2", "-o", "encrypt.format=luks"]])
+def test_without_its_secret_an_encrypted_image_replaces_nothing(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("i").write_bytes(b"old")
+    ours = image(monkeypatch, "create", *options, "i", "1M")
+    assert ours.code == 1
+    assert "needs a secret" in ours.err
+    assert Path("i").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("fmt", ["vmdk", "vpc", "vdi", "vhdx"])
+def test_without_its_parent_a_differencing_image_replaces_nothing(
+    fmt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("i").write_bytes(b"old")
+    ours = image(monkeypatch, "create", "-u", "-f", fmt, "-b", "absent", "-F", fmt, "i", "1M")
+    assert ours.code == 1
+    assert "absent" in ours.err
+    assert Path("i").read_bytes() == b"old"
