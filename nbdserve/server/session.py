@@ -284,6 +284,7 @@ class Session:
             return False
         end = self._ready.position + self._head_size
         self._pack_head(self._scratch.data, self._ready.position, cookie, offset, length)
+        self._ready.position = 0
         self._output.send_file(self._scratch.view[:end], *place, length)
         return True
 

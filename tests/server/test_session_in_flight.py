@@ -17,6 +17,7 @@ from nbdserve.protocol.constants import (
     CMD_WRITE_ZEROES,
 )
 from nbdserve.server.session import MAX_IN_FLIGHT, MAX_IN_FLIGHT_BYTES
+from nbdserve.storage.file import FileStorage
 from nbdserve.storage.memory import MemoryStorage
 from nbdserve.units import GIB, KIB, MIB
 from tests.server.clients import PATIENCE, Client, Gated, raw, serving, simple_request
@@ -261,3 +262,29 @@ async def test_a_connection_that_is_lost_lets_its_writes_finish(tmp_path: Path) 
         assert (await other.ask(CMD_READ, 0, 512)).data == b"w" * 512
         other.close()
         await served.until(lambda: served.server.connections == 0)
+
+
+@pytest.mark.parametrize("mode", [SIMPLE, STRUCTURED, EXTENDED])
+async def test_replies_sent_from_the_file_mix_with_others(tmp_path: Path, mode: int) -> None:
+    """A batch in which each long reply has short ones before it: all leave once, in order."""
+    content = random.Random(mode).randbytes(MIB) + bytes(MIB)
+    (tmp_path / "disk").write_bytes(content)
+    storage = await FileStorage.open(str(tmp_path / "disk"))
+    async with serving(tmp_path, raw(storage)) as served:
+        client = await served.connect(mode=mode)
+        assert (await client.ask(CMD_READ, 0, len(content))).data == content, "and now it is in the page cache"
+        rng = random.Random(mode)
+        for _ in range(10):
+            asked = {}
+            batch = b""
+            for _ in range(40):
+                length = rng.choice((0, 512, 4096, 32 * KIB, 40 * KIB, 200 * KIB))
+                offset = rng.randrange(len(content) - length)
+                cookie, head = client.transmission.request(CMD_READ, offset, length)
+                asked[cookie] = (offset, length)
+                batch += head
+            await client.send(batch)
+            for cookie, (offset, length) in asked.items():
+                assert (await client.reply(cookie)).data == content[offset : offset + length]
+        client.close()
+    await storage.close()
