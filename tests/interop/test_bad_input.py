@@ -77,7 +77,7 @@ HOSTILE = [
     ("backing_file_size", 1024), ("backing_file_size", U32),
     ("cluster_bits", 0), ("cluster_bits", 1), ("cluster_bits", 8), ("cluster_bits", 22), ("cluster_bits", U32),
     ("size", 1 << 63), ("size", U64),
-    ("crypt_method", 1), ("crypt_method", 2), ("crypt_method", U32),
+    ("crypt_method", 3), ("crypt_method", 2), ("crypt_method", U32),
     ("l1_size", 0), ("l1_size", (4 << 20) + 1), ("l1_size", U32),
     ("l1_table_offset", 0), ("l1_table_offset", 1), ("l1_table_offset", 99 * CLUSTER), ("l1_table_offset", U64),
     ("refcount_table_offset", 0), ("refcount_table_offset", 1), ("refcount_table_offset", 99 * CLUSTER),
@@ -114,6 +114,7 @@ def test_every_unknown_feature_at_once(image: Path) -> None:
         ("backing_file_size", 0),
         ("size", 0),
         ("size", 1),
+        ("crypt_method", 1),
         ("nb_snapshots", 0),
         ("refcount_order", 0),
         ("refcount_order", 6),
@@ -499,7 +500,10 @@ def test_full_disk(tmp_path: Path, kind: str, image_format: str) -> None:
 def test_interrupted_creation_leaves_nothing(tmp_path: Path, image_format: str) -> None:
     target = tmp_path / "new"
     argv = [NBDSERVE, "image", "create", "-f", image_format, "-o", "preallocation=full", str(target), "3G"]
+    # A shell lets what it starts in the background ignore SIGINT, and children inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     try:
         deadline = time.monotonic() + 20
         while not (target.exists() and target.stat().st_blocks):

@@ -67,6 +67,8 @@ class VmdkDriver(FormatDriver):
         """Extents that are to be marked as changed before anything in their tables is."""
         self._wanted = False
         """A synchronous method found that something must be awaited before the image is changed."""
+        self._refusal: OSError | None = None
+        """Why that was not possible: for the writer, who asks again after ``load``."""
         self._beginning = asyncio.Lock()
 
     # --- opening ---------------------------------------------------------------------------------------------------
@@ -216,9 +218,15 @@ class VmdkDriver(FormatDriver):
         return iter_runs(self.extents, self.data, start, end)
 
     async def load(self, offset: int) -> None:
-        """Bring the grain table of ``offset`` into memory; before the first change, mark the image as changed."""
+        """Bring the grain table of ``offset`` into memory; before the first change, mark the image as changed.
+
+        That the mark could not be made is no reader's trouble: it is raised when the writer asks again (``_want``).
+        """
         if self._wanted:
-            await self._begin()
+            try:
+                await self._begin()
+            except OSError as error:
+                self._refusal, self._wanted = error, False
         extent = self._at(offset)
         if not isinstance(extent, SparseExtent) or extent.has_table(offset - extent.start):
             return
@@ -257,7 +265,7 @@ class VmdkDriver(FormatDriver):
         """Everything that is allocated is overwritten in place; the first such look of an open waits for a new CID."""
         self._refuse_when_sequential()
         if not self._begun:
-            self._wanted = True
+            self._want()
             return None
         number = bisect_right(self._starts, offset) - 1
         room = self._ends[number] - offset
@@ -274,8 +282,15 @@ class VmdkDriver(FormatDriver):
             self._pending.append(extent)
         elif self._begun and not self._is_crowded(extent):
             return True
-        self._wanted = True
+        self._want()
         return False
+
+    def _want(self) -> None:
+        """Let the next ``load`` do what must come first; OSError if that has just failed."""
+        if self._refusal is not None:
+            refusal, self._refusal = self._refusal, None
+            raise refusal
+        self._wanted = True
 
     def _is_crowded(self, extent: SparseExtent) -> bool:
         assert extent.space is not None
@@ -388,6 +403,8 @@ class VmdkDriver(FormatDriver):
         """Data, then tables; see ``OrderedCommit``."""
         if not self.read_only:
             await self._commit.commit()
+            if self.storage is not self.data:  # the descriptor's file: when its flush has failed, so do all others
+                await self.storage.flush()
 
     async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
         """Compare the grain tables with the files and with their redundant copies."""
