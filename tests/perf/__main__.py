@@ -16,8 +16,10 @@ from pathlib import Path
 from rich.console import Console
 
 from nbdserve.units import MIB, parse_size
-from tests.perf.cases import Case, selected
+from tests.perf.cases import CASES, Case, selected
 from tests.perf.clients import measure
+from tests.perf.format_cases import format_cases
+from tests.perf.format_images import build_formats
 from tests.perf.images import Images, build
 from tests.perf.report import OURS, Figures, Result, print_table, save
 from tests.perf.servers import CEILING, NBDKIT, QEMU_NBD, ServerKind, build_ceiling, installed_command, running
@@ -25,7 +27,7 @@ from tests.perf.servers import CEILING, NBDKIT, QEMU_NBD, ServerKind, build_ceil
 
 def run_case(case: Case, kinds: list[ServerKind], images: Images, rounds: int, seconds: float) -> Result:
     """All rounds of one case."""
-    able = [kind for kind in kinds if images.format(case) in kind.formats and (kind.writes or not case.writes)]
+    able = [kind for kind in kinds if images.serves(kind, case)]
     result = Result(case, {kind.name: Figures() for kind in able})
     images.warm(case)
     for number in range(rounds):
@@ -33,7 +35,7 @@ def run_case(case: Case, kinds: list[ServerKind], images: Images, rounds: int, s
         for kind in able[start:] + able[:start]:
             image = images.path(case)
             try:
-                with running(kind, image, images.format(case)) as server:
+                with running(images.server(kind, case), image, images.format(case)) as server:
                     figures = result.servers[kind.name]
                     figures.values.append(measure(case, server.uri, images.size, seconds))
                     figures.cpu_seconds.append(server.cpu_seconds())
@@ -53,6 +55,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="length of one fio run (default 3, with --quick 1)")
     parser.add_argument("--size", type=parse_size, help="size of the disk (default 1G, with --quick 256M)")
     parser.add_argument("--cases", nargs="+", default=[], metavar="TEXT", help="only cases whose name contains a TEXT")
+    parser.add_argument("--format", nargs="+", default=[], metavar="NAME", help="cases of other formats; all: of each")
     parser.add_argument("--servers", nargs="+", default=[OURS, "qemu-nbd", "nbdkit"], metavar="NAME")
     parser.add_argument("--server-command", default=installed_command(), help="ours: {socket} {format} {image}")
     parser.add_argument("--directory", type=Path, help="keep the images here and use them again (default: temporary)")
@@ -64,7 +67,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     arguments.seconds = arguments.seconds or (1.0 if quick else 3.0)
     arguments.size = arguments.size or (256 * MIB if quick else 1024 * MIB)
     try:
-        arguments.chosen = selected(arguments.cases)
+        arguments.chosen = selected(arguments.cases, format_cases(arguments.format) if arguments.format else CASES)
     except ValueError as error:
         parser.error(str(error))
     known = {OURS: ServerKind(OURS, arguments.server_command), QEMU_NBD.name: QEMU_NBD, NBDKIT.name: NBDKIT}
@@ -87,7 +90,8 @@ def main(argv: list[str]) -> int:
         progress.print(f"images in {directory}")
         if CEILING in arguments.servers:
             arguments.kinds.append(build_ceiling(Path(temporary)))
-        images = build(directory, arguments.size, {case.image for case in arguments.chosen})
+        make = build_formats if arguments.format else build
+        images = make(directory, arguments.size, {case.image for case in arguments.chosen})
         for case in arguments.chosen:
             result = run_case(case, arguments.kinds, images, arguments.rounds, arguments.seconds)
             results.append(result)

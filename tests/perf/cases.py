@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
-
-ImageKind = Literal["raw", "qcow2", "chain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +23,8 @@ class Case:
     """
 
     name: str
-    image: ImageKind
+    image: str
+    """raw, qcow2, chain; or the name of another format."""
     floor: Floor
     unit: Literal["IOPS", "MiB/s", "s"]
     pattern: Literal["randread", "read", "randwrite", "nbdcopy"]
@@ -68,11 +68,11 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def selected(patterns: list[str]) -> list[Case]:
-    """The cases whose name contains one of ``patterns``; all of them without any. ValueError when nothing matches."""
+def selected(patterns: list[str], cases: Sequence[Case] = CASES) -> list[Case]:
+    """Those of ``cases`` whose name contains one of ``patterns``, all without any. ValueError when nothing matches."""
     if not patterns:
-        return list(CASES)
-    chosen = [case for case in CASES if any(pattern in case.name for pattern in patterns)]
+        return list(cases)
+    chosen = [case for case in cases if any(pattern in case.name for pattern in patterns)]
     if not chosen:
-        raise ValueError(f"no case matches {', '.join(patterns)}; there are: {', '.join(case.name for case in CASES)}")
+        raise ValueError(f"no case matches {', '.join(patterns)}; there are: {', '.join(case.name for case in cases)}")
     return chosen

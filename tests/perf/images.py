@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.perf.cases import CHAIN_TOP_PART, Case
-from tests.perf.servers import QEMU_NBD, running
+from tests.perf.servers import QEMU_NBD, ServerKind, running
 
 CHUNK = 64 << 20
 CLUSTER = 64 << 10
@@ -26,6 +26,14 @@ class Images:
     def format(self, case: Case) -> str:
         """The format of the case's image."""
         return "raw" if case.image == "raw" else "qcow2"
+
+    def serves(self, kind: ServerKind, case: Case) -> bool:
+        """Whether the server takes part."""
+        return self.format(case) in kind.formats and (kind.writes or not case.writes)
+
+    def server(self, kind: ServerKind, case: Case) -> ServerKind:
+        """``kind`` as it serves the case's image."""
+        return kind
 
     def path(self, case: Case) -> Path:
         """The image of the case; a new empty layer for a case of first writes (the caller removes it)."""
@@ -69,15 +77,15 @@ def build(directory: Path, size: int, kinds: set[str]) -> Images:
             stale.unlink()
         _write_random(raw, size)
     if kinds & {"qcow2", "chain"} and not disk.exists():
-        _run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(disk))
+        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(disk))
     if "chain" in kinds and not (directory / "top.qcow2").exists():
         middle, top = directory / "middle.qcow2", directory / "top.qcow2"
         partial = directory / "top.partial"
         _create(middle, size, disk)
-        _fill(middle, size // 3, size)
+        fill(middle, size // 3, size)
         _create(partial, size, middle)
-        _fill(partial, size // CHAIN_TOP_PART, size // CHAIN_TOP_PART)
-        _fill(partial, size // 6, size)
+        fill(partial, size // CHAIN_TOP_PART, size // CHAIN_TOP_PART)
+        fill(partial, size // 6, size)
         partial.rename(top)
     for path in (*directory.glob("*.raw"), *directory.glob("*.qcow2")):
         with path.open("rb") as file:
@@ -96,19 +104,20 @@ def _write_random(path: Path, size: int) -> None:
 
 def _create(path: Path, size: int, backing: Path | None) -> None:
     base = ["-b", str(backing), "-F", "qcow2"] if backing else []
-    _run("qemu-img", "create", "-q", "-f", "qcow2", *base, str(path), str(size))
+    run("qemu-img", "create", "-q", "-f", "qcow2", *base, str(path), str(size))
 
 
-def _fill(path: Path, amount: int, area: int) -> None:
+def fill(path: Path, amount: int, area: int) -> None:
     """Write ``amount`` random bytes as whole clusters at random places of the first ``area`` bytes."""
     with running(QEMU_NBD, path, "qcow2") as server:
-        _run(
+        run(
             *("fio", "--name=fill", "--ioengine=nbd", f"--uri={server.uri}", "--rw=randwrite", f"--bs={CLUSTER}"),
             *("--iodepth=16", f"--size={area}", f"--io_size={amount}", "--refill_buffers", "--end_fsync=1"),
         )
 
 
-def _run(*argv: str) -> None:
+def run(*argv: str) -> None:
+    """Run a tool. RuntimeError with what it printed when it fails."""
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(argv)} failed:\n{done.stdout}{done.stderr}")

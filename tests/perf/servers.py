@@ -33,11 +33,15 @@ class ServerKind:
         return [word.format_map(values) for word in shlex.split(self.command)]
 
 
-def installed_command() -> str:
+def program() -> str:
     """The ``nbdserve`` of the running Python's environment, else the one on PATH."""
     beside = Path(sys.executable).parent / "nbdserve"
-    program = str(beside) if beside.exists() else shutil.which("nbdserve") or "nbdserve"
-    return f"{shlex.quote(program)} serve -k {{socket}} -f {{format}} -e 8 {{image}}"
+    return str(beside) if beside.exists() else shutil.which("nbdserve") or "nbdserve"
+
+
+def installed_command() -> str:
+    """How to start it."""
+    return f"{shlex.quote(program())} serve -k {{socket}} -f {{format}} -e 8 {{image}}"
 
 
 QEMU_NBD = ServerKind("qemu-nbd", "qemu-nbd -f {format} -t -e 8 -k {socket} --cache=writeback {image}")
