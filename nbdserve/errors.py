@@ -9,6 +9,7 @@
     |-- ImageError           a file is not what it should be      -> refuse the image, exit code 1
     |   |-- CorruptImageError    its metadata contradicts itself
     |   `-- UnsupportedImageError  it is valid, but asks for what is not supported here
+    |-- JobError             a job cannot do what is asked of it -> reply with the message, the job goes on
     |-- ConfigError          an option, path or name is wrong     -> the user mends it, exit code 1 (usage: 2)
     `-- (OSError)            what the kernel refused; its errno travels to the client
 
@@ -74,6 +75,10 @@ class UnsupportedImageError(ImageError):
 
 class ConfigError(NbdserveError):
     """Something the user wrote - an option, a path, a name - cannot be done as written."""
+
+
+class JobError(NbdserveError):
+    """A job does not exist, or cannot do what is asked of it now."""
 
 
 def errno_of(error: BaseException) -> int:

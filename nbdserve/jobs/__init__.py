@@ -1,0 +1,1 @@
+"""Long work on images, with QEMU's job states and verbs: copying, and what is made of it."""
