@@ -24,8 +24,8 @@ _ERRORS: Final = (zlib.error, cast("type[Exception]", igzip_lib.IsalError))
 def inflate(stored: ReadBuffer, size: int, *, window_bits: int = ZLIB_WINDOW) -> bytes:
     """The ``size`` bytes of a whole zlib stream (negative ``window_bits``: of raw deflate data).
 
-    What follows the stream is ignored. RequestError(EIO) for a damaged stream, one that is cut off, and one that makes
-    another number of bytes.
+    What follows the stream is ignored. RequestError(EIO) for a damaged stream, one that makes another number of bytes,
+    and one that is cut off. Raw data may end where all bytes are made, as QEMU takes it: no checksum would follow.
     """
     inflater = isal_zlib.decompressobj(window_bits)
     try:
@@ -34,7 +34,7 @@ def inflate(stored: ReadBuffer, size: int, *, window_bits: int = ZLIB_WINDOW) ->
         rest = inflater.decompress(inflater.unconsumed_tail if size else stored, 1)
     except _ERRORS as error:
         raise RequestError(errno.EIO, f"compressed data: {error}") from None
-    return _exactly(data, size, more=bool(rest), ended=inflater.eof)
+    return _exactly(data, size, more=bool(rest), ended=inflater.eof or window_bits < 0)
 
 
 def bunzip2(stored: ReadBuffer, size: int) -> bytes:

@@ -53,6 +53,21 @@ def decode_in_place(data: bytearray, stored: StoredForm) -> AnyWords:
     return native
 
 
+def run_from(entries: memoryview[int], index: int, end: int, run: int, length: int, unit: int, step: int) -> int:
+    """Bytes, at most ``length``, that are one piece because each entry is by ``step`` more than the one before it.
+
+    The entry at ``index`` stands for ``run`` bytes, each one after it and before ``end`` for ``unit``. It pays for
+    itself where ``run`` is less than ``length``.
+    """
+    entry = entries[index] + step
+    index += 1
+    while run < length and index < end and entries[index] == entry:
+        run += unit
+        entry += step
+        index += 1
+    return run if run < length else length
+
+
 def sector_runs(sectors: Iterable[int]) -> list[tuple[int, int]]:
     """``[first, end)`` of runs that cover ``sectors``; those less than a page apart share a run.
 

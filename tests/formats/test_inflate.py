@@ -77,3 +77,12 @@ def test_the_result_is_that_of_zlib_for_any_stream(level: int) -> None:
         else:
             with pytest.raises(RequestError):
                 inflate(damaged, len(DATA))
+
+
+def test_raw_data_may_end_with_its_last_byte() -> None:
+    """Stored deflate blocks: QEMU needs no mark of the end behind them."""
+    deflater = zlib.compressobj(0, zlib.DEFLATED, -12)
+    stored = deflater.compress(DATA[:700]) + deflater.flush(zlib.Z_FULL_FLUSH)
+    assert inflate(stored, 700, window_bits=-12) == DATA[:700]
+    with pytest.raises(RequestError, match="700 bytes instead of 701"):
+        inflate(stored, 701, window_bits=-12)

@@ -18,6 +18,7 @@ from nbdserve.formats.tables import (
     decode_table,
     decode_words,
     encode_words,
+    run_from,
     sector_runs,
 )
 
@@ -107,3 +108,22 @@ def test_what_is_used_stays() -> None:
     for index in range(1, 100):
         cache.create(index, 4096, np.zeros(512, np.uint64))
         assert cache.find(0) is not None
+
+
+@given(
+    words=st.lists(st.sampled_from([0, 1, 65536, 131072, 196608, 262144]), min_size=1, max_size=8),
+    index=st.integers(0, 7),
+    inside=st.integers(0, 65535),
+    length=st.integers(1, 1 << 20),
+    step=st.sampled_from([0, 65536]),
+)
+def test_a_run_is_as_long_as_the_entries_keep_step(
+    words: list[int], index: int, inside: int, length: int, step: int
+) -> None:
+    index = min(index, len(words) - 1)
+    count = 1
+    while index + count < len(words) and words[index + count] == words[index] + count * step:
+        count += 1
+    entries = Table(0, np.array(words, np.uint64)).entries
+    found = run_from(entries, index, len(words), 65536 - inside, length, 65536, step)
+    assert found == min(length, count * 65536 - inside)

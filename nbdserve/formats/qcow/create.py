@@ -8,6 +8,14 @@ from typing import Final
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import CreateOption
 from nbdserve.formats.qcow.layout import MAX_L1_BYTES, Header
+from nbdserve.formats.two_level.create import (
+    NOCOW,
+    PREALLOCATION,
+    SIZE,
+    parse_backing,
+    parse_preallocation,
+    write_empty,
+)
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up
 
@@ -17,9 +25,9 @@ CREATE_OPTIONS: Final = (
     CreateOption("encrypt.format", "Encrypt the image, format choices: 'aes'"),
     CreateOption("encrypt.key-secret", "ID of the secret that provides the AES encryption key"),
     CreateOption("encryption", "Encrypt the image with format 'aes'", "off"),
-    CreateOption("nocow", "Turn off copy-on-write (valid only on btrfs)", "off"),
-    CreateOption("preallocation", "Preallocation mode (allowed values: off, falloc, full)", "off"),
-    CreateOption("size", "Virtual disk size"),
+    NOCOW,
+    PREALLOCATION,
+    SIZE,
 )
 
 # QEMU's: clusters of one sector when there is a backing file, so that nothing has to be copied from it.
@@ -30,17 +38,12 @@ OVER_BACKING: Final = (9, 12)
 
 def plan_header(size: int, options: Mapping[str, str]) -> tuple[Header, str]:
     """The header of a new image, and the preallocation. ConfigError names a bad option."""
-    preallocation = options.get("preallocation", "off")
-    if preallocation not in ("off", "falloc", "full"):
-        raise ConfigError(f"preallocation={preallocation}: expects one of off, falloc, full")
+    preallocation = parse_preallocation(options)
     for name in ("encryption", "encrypt.format", "encrypt.key-secret"):
         if options.get(name, "off") not in ("off", "no", "false", "n"):
             raise ConfigError(f"{name}={options[name]}: creating encrypted qcow images is not supported")
-    backing = options.get("backing_file") or None
-    if backing is None and options.get("backing_fmt"):
-        raise ConfigError("backing_fmt needs backing_file")
-    if backing is not None and not options.get("backing_fmt"):
-        raise ConfigError("backing_file needs backing_fmt: a backing format is never guessed")
+    declared = parse_backing(options)
+    backing = None if declared is None else declared[0]
     size = align_up(size, SECTOR_SIZE)
     if size == 0:
         raise ConfigError("a qcow image cannot have 0 bytes")
@@ -59,15 +62,7 @@ def plan_header(size: int, options: Mapping[str, str]) -> tuple[Header, str]:
 
 
 async def create_qcow(storage: Storage, size: int, options: Mapping[str, str]) -> None:
-    """Make ``storage`` an empty qcow image of ``size`` bytes (rounded up to whole sectors); what it held is lost.
-
-    The header is written last and behind a barrier: before, the file is no qcow image, from then on a complete one.
-    """
+    """Make ``storage`` an empty qcow image of ``size`` bytes (rounded up to whole sectors); what it held is lost."""
     header, preallocation = plan_header(size, options)
     end = header.l1_table_offset + align_up(header.l1_entries * 8, SECTOR_SIZE)
-    await storage.truncate(0)
-    await storage.truncate(end)
-    if not storage.grows_zeroed or preallocation != "off":
-        await storage.zero(0, end, unmap=False)
-    await storage.flush()
-    await storage.write_stable([(0, header.build())])
+    await write_empty(storage, header.build(), end, preallocation)

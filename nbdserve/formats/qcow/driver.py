@@ -17,12 +17,12 @@ from nbdserve.formats.qcow import layout
 from nbdserve.formats.qcow.check import check_qcow
 from nbdserve.formats.qcow.create import CREATE_OPTIONS, create_qcow, plan_header
 from nbdserve.formats.qcow.layout import Header
-from nbdserve.formats.tables import Table, Words, decode_in_place
+from nbdserve.formats.tables import Table, Words
 from nbdserve.formats.two_level.driver import TwoLevelDriver
-from nbdserve.formats.two_level.entries import BAD_ENTRY, FLAG, are_data
+from nbdserve.formats.two_level.entries import BAD_ENTRY, FLAG
 from nbdserve.formats.unit_cache import UnitCache
 from nbdserve.storage.base import Storage
-from nbdserve.units import SECTOR_SIZE, align_down, align_up, div_ceil
+from nbdserve.units import align_down
 
 INFLATE_WINDOW: Final = -12
 """Raw deflate data with a window of at most 4 KiB."""
@@ -42,17 +42,13 @@ class QcowDriver(TwoLevelDriver):
 
     name = "qcow"
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
-    backing_formats: ClassVar[tuple[str, ...] | None] = None
-    declares_backing_format = False
     stored = ">u8"
 
     def __init__(self, storage: Storage, header: Header, l1: Table, options: Mapping[str, Any]) -> None:
-        super().__init__(storage, header.geometry, l1, options)
+        backing = None if header.backing_name is None else BackingReference(header.backing_name, None)
+        super().__init__(storage, header.geometry, l1, backing, options)
         self.header = header
         self._units = UnitCache(storage)
-        if header.backing_name is not None:
-            self.backing = BackingReference(header.backing_name, None)
-            self.has_backing = True
         self.zeroes_fast = not self.has_backing
 
     # --- opening and making ------------------------------------------------------------------------------------------
@@ -61,8 +57,7 @@ class QcowDriver(TwoLevelDriver):
     async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
         """Open the image. Options: ``secret``, the passphrase of an encrypted one."""
         header = await read_header(storage)
-        stored = await storage.read(header.l1_table_offset, header.l1_entries * 8)
-        l1 = Table(header.l1_table_offset, decode_in_place(stored, cls.stored), cls.stored)
+        l1 = await cls._read_l1(storage, header.l1_table_offset, header.l1_entries)
         driver = cls._class_for(header)(storage, header, l1, options)
         if not read_only:
             await driver._open_writable()
@@ -84,11 +79,6 @@ class QcowDriver(TwoLevelDriver):
         plan_header(size, options)
 
     @classmethod
-    def created_size(cls, size: int, options: Mapping[str, str]) -> int:
-        """Whole sectors."""
-        return align_up(size, SECTOR_SIZE)
-
-    @classmethod
     async def create(cls, storage: Storage, size: int, options: Mapping[str, str], **resources: Any) -> None:
         """Make ``storage`` an empty image of ``size`` bytes."""
         await create_qcow(storage, size, options)
@@ -107,10 +97,7 @@ class QcowDriver(TwoLevelDriver):
 
     async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
         """Follow every entry. What was written before is flushed first; after a repair, open the image anew."""
-        if not self.read_only:
-            await self._commit.settle()
-            if repair_leaks or repair_errors:
-                self._stop_writing(f"{self.path}: repaired since it was opened, open it anew")
+        await self._settle_for_check(repair=repair_leaks or repair_errors)
         return await check_qcow(
             self.storage, await read_header(self.storage), repair_leaks=repair_leaks, repair_errors=repair_errors
         )
@@ -140,21 +127,4 @@ class QcowDriver(TwoLevelDriver):
 
         With one there is no entry that says so, and zeroes are written.
         """
-        if self.has_backing:
-            return 0
-        l1_index = offset >> self._l1_shift
-        if not self.l1.entries[l1_index]:
-            return min(length, (l1_index + 1 << self._l1_shift) - offset)
-        table = self._writable_slice(offset)
-        if table is None:
-            return None
-        first = (offset >> self._bits) & self._slice_mask
-        end = min(first + div_ceil(length, self.cluster_size), self._slice_entries)
-        words = cast("Words", table.words[first:end])
-        data = are_data(words)
-        count = int(data.argmax()) if data.any() else len(data)
-        packed = np.flatnonzero(words[:count])
-        if len(packed):
-            words[packed] = 0
-            table.touch(first + int(packed[0]), first + int(packed[-1]) + 1)
-        return min(length, count << self._bits)
+        return 0 if self.has_backing else self._zero_alone(offset, length)

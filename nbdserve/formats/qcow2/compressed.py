@@ -8,36 +8,34 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import zlib
 from collections import OrderedDict
 from typing import Final
 
 import zstandard
 
 from nbdserve.errors import RequestError
+from nbdserve.formats.inflate import inflate
 from nbdserve.formats.qcow2.layout import COMPRESSION_ZSTD, compressed_range
 from nbdserve.storage.base import Storage
 from nbdserve.storage.pool import worker_pool
 from nbdserve.units import MIB
 
 CACHE_BYTES: Final = 8 * MIB
+INFLATE_WINDOW: Final = -12
+"""Raw deflate data with a window of at most 4 KiB."""
 
 
 def decompress(stored: bytes | bytearray, cluster_size: int, compression_type: int) -> bytes:
     """The cluster. RequestError(EIO) unless the data makes exactly ``cluster_size`` bytes; never produces more."""
+    if compression_type != COMPRESSION_ZSTD:
+        return inflate(stored, cluster_size, window_bits=INFLATE_WINDOW)
     try:
-        if compression_type == COMPRESSION_ZSTD:
-            # The size a frame declares is allocated unseen; -1 is a frame without one, which is capped.
-            declared = zstandard.frame_content_size(stored)
-            if declared not in (-1, cluster_size):
-                raise RequestError(errno.EIO, f"compressed cluster: {declared} bytes instead of {cluster_size}")
-            data = zstandard.ZstdDecompressor().decompress(stored, max_output_size=cluster_size)
-        else:
-            inflater = zlib.decompressobj(-12)
-            data = inflater.decompress(stored, cluster_size)
-            if inflater.unconsumed_tail and inflater.decompress(inflater.unconsumed_tail, 1):
-                raise RequestError(errno.EIO, f"compressed cluster: more than {cluster_size} bytes")
-    except (zlib.error, zstandard.ZstdError) as error:
+        # The size a frame declares is allocated unseen; -1 is a frame without one, which is capped.
+        declared = zstandard.frame_content_size(stored)
+        if declared not in (-1, cluster_size):
+            raise RequestError(errno.EIO, f"compressed cluster: {declared} bytes instead of {cluster_size}")
+        data = zstandard.ZstdDecompressor().decompress(stored, max_output_size=cluster_size)
+    except zstandard.ZstdError as error:
         raise RequestError(errno.EIO, f"compressed cluster: {error}") from None
     if len(data) != cluster_size:
         raise RequestError(errno.EIO, f"compressed cluster: {len(data)} bytes instead of {cluster_size}")

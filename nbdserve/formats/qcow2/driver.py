@@ -24,7 +24,7 @@ from nbdserve.formats.qcow2.layout import (
     compressed_range,
 )
 from nbdserve.formats.qcow2.runs import iter_runs
-from nbdserve.formats.tables import L2Table
+from nbdserve.formats.tables import L2Table, run_from
 from nbdserve.units import div_ceil
 
 
@@ -64,15 +64,11 @@ class Qcow2Driver(Qcow2Image):
             return self._lookup_special(entries, index, offset, length)
         if run < length:
             # Clusters that follow each other in the file have entries that differ by the cluster size.
-            step, end = self.cluster_size, self._l2_entries
-            index, entry = index + 1, entry + step
-            while run < length and index < end and entries[index] == entry:
-                run += step
-                index += 1
-                entry += step
-            length = min(length, run)
-            if host_offset + inside + length > self.host_limit and (entry & OFFSET_MASK) - step >= self.host_limit:
-                raise self._bad_entry(offset, entry - step)
+            unit = self.cluster_size
+            length = run_from(entries, index, self._l2_entries, run, length, unit, unit)
+            end = host_offset + inside + length
+            if end > self.host_limit and (last := end - 1 & ~self._cluster_mask) >= self.host_limit:
+                raise self._bad_entry(offset, entry + last - host_offset)
         elif host_offset >= self.host_limit:
             raise self._bad_entry(offset, entry)
         return DATA, length, host_offset + inside
@@ -93,14 +89,9 @@ class Qcow2Driver(Qcow2Image):
                 raise self._bad_entry(offset, entry)
             return COMPRESSED, min(length, self.cluster_size - inside), compressed_range(entry, self._bits)[0]
         kind, host_offset = self._decode(offset, entry)
-        step = self.cluster_size if host_offset >= 0 else 0
-        run = self.cluster_size - inside
-        index, entry = index + 1, entry + step
-        while run < length and index < self._l2_entries and entries[index] == entry:
-            run += self.cluster_size
-            index += 1
-            entry += step
-        return kind, min(run, length), host_offset if host_offset < 0 else host_offset + inside
+        unit, step = self.cluster_size, self.cluster_size if host_offset >= 0 else 0
+        length = run_from(entries, index, self._l2_entries, unit - inside, length, unit, step)
+        return kind, length, host_offset if host_offset < 0 else host_offset + inside
 
     def _decode(self, offset: int, entry: int) -> tuple[int, int]:
         """Kind and host offset of a valid entry that is not compressed; EIO for an invalid one."""

@@ -10,6 +10,14 @@ from nbdserve.errors import ConfigError
 from nbdserve.formats.base import CreateOption
 from nbdserve.formats.qed import layout
 from nbdserve.formats.qed.layout import Header
+from nbdserve.formats.two_level.create import (
+    NOCOW,
+    PREALLOCATION,
+    SIZE,
+    parse_backing,
+    parse_preallocation,
+    write_empty,
+)
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up, is_power_of_two, parse_size
 
@@ -20,9 +28,9 @@ CREATE_OPTIONS: Final = (
     CreateOption("backing_file", "File name of a base image"),
     CreateOption("backing_fmt", "Image format of the base image"),
     CreateOption("cluster_size", "Cluster size (in bytes)", str(DEFAULT_CLUSTER_SIZE)),
-    CreateOption("nocow", "Turn off copy-on-write (valid only on btrfs)", "off"),
-    CreateOption("preallocation", "Preallocation mode (allowed values: off, falloc, full)", "off"),
-    CreateOption("size", "Virtual disk size"),
+    NOCOW,
+    PREALLOCATION,
+    SIZE,
     CreateOption("table_size", "L1/L2 table size (in clusters)", str(DEFAULT_TABLE_SIZE)),
 )
 
@@ -34,10 +42,9 @@ class Options:
     cluster_size: int
     table_size: int
     """Clusters."""
-    backing_file: str | None
-    backing_format: str | None
+    backing: tuple[str, str] | None
+    """Name and format."""
     preallocation: str
-    """Of the file as it is made: data clusters never have a place before they are written."""
 
 
 def _number(options: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
@@ -52,32 +59,22 @@ def _number(options: Mapping[str, str], name: str, default: int, low: int, high:
 
 def parse_options(options: Mapping[str, str]) -> Options:
     """The options as after ``-o``; ConfigError names a bad one. ``nocow`` acts before the file is opened."""
-    preallocation = options.get("preallocation", "off")
-    if preallocation not in ("off", "falloc", "full"):
-        raise ConfigError(f"preallocation={preallocation}: expects one of off, falloc, full")
-    parsed = Options(
+    return Options(
         cluster_size=_number(
             options, "cluster_size", DEFAULT_CLUSTER_SIZE, layout.MIN_CLUSTER_SIZE, layout.MAX_CLUSTER_SIZE
         ),
         table_size=_number(options, "table_size", DEFAULT_TABLE_SIZE, 1, layout.MAX_TABLE_CLUSTERS),
-        backing_file=options.get("backing_file") or None,
-        backing_format=options.get("backing_fmt") or None,
-        preallocation=preallocation,
+        backing=parse_backing(options),
+        preallocation=parse_preallocation(options),
     )
-    if parsed.backing_file is None and parsed.backing_format is not None:
-        raise ConfigError("backing_fmt needs backing_file")
-    if parsed.backing_file is not None and parsed.backing_format is None:
-        raise ConfigError("backing_file needs backing_fmt: a backing format is never guessed")
-    return parsed
 
 
 def plan_header(size: int, options: Options) -> Header:
     """The header of a new image of ``size`` bytes, rounded up to whole sectors. ConfigError if it cannot be."""
-    features = 0
-    if options.backing_file is not None:
-        features |= layout.FEATURE_BACKING
-        if options.backing_format == "raw":
-            features |= layout.FEATURE_RAW_BACKING
+    features, name = 0, None
+    if options.backing is not None:
+        name, fmt = options.backing
+        features = layout.FEATURE_BACKING | (layout.FEATURE_RAW_BACKING if fmt == "raw" else 0)
     header = Header(
         cluster_size=options.cluster_size,
         table_size=options.table_size,
@@ -85,7 +82,7 @@ def plan_header(size: int, options: Options) -> Header:
         l1_table_offset=options.cluster_size,
         image_size=align_up(size, SECTOR_SIZE),
         features=features,
-        backing_name=options.backing_file,
+        backing_name=name,
     )
     if header.image_size > header.max_image_size:
         raise ConfigError(
@@ -100,16 +97,8 @@ def plan_header(size: int, options: Options) -> Header:
 
 
 async def create_qed(storage: Storage, size: int, options: Mapping[str, str]) -> None:
-    """Make ``storage`` an empty QED image of ``size`` bytes (rounded up to whole sectors); what it held is lost.
-
-    The header is written last and behind a barrier: before, the file is no QED image, from then on a complete one.
-    """
+    """Make ``storage`` an empty QED image of ``size`` bytes (rounded up to whole sectors); what it held is lost."""
     parsed = parse_options(options)
     header = plan_header(size, parsed)
     end = header.l1_table_offset + header.table_bytes
-    await storage.truncate(0)
-    await storage.truncate(end)
-    if not storage.grows_zeroed or parsed.preallocation != "off":
-        await storage.zero(0, end, unmap=False)
-    await storage.flush()
-    await storage.write_stable([(0, header.build())])
+    await write_empty(storage, header.build(), end, parsed.preallocation)

@@ -7,25 +7,24 @@ errors are repaired at once, and what was leaked is used for new clusters.
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Final, Self, cast
+from typing import Any, ClassVar, Final, Self
 
 import numpy as np
 
-from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestError
+from nbdserve.errors import ConfigError, CorruptImageError, ImageError
 from nbdserve.extents import DATA, UNALLOCATED
 from nbdserve.formats.base import BackingReference, CheckResult, CreateOption, ImageInfo
 from nbdserve.formats.qed import layout
 from nbdserve.formats.qed.check import Analysis, analyse, check_qed
 from nbdserve.formats.qed.create import CREATE_OPTIONS, create_qed, parse_options, plan_header
 from nbdserve.formats.qed.layout import Header
-from nbdserve.formats.tables import Table, Words, decode_table
+from nbdserve.formats.tables import Table, Words
 from nbdserve.formats.two_level.driver import TwoLevelDriver
-from nbdserve.formats.two_level.entries import BAD_ENTRY, ZERO_ENTRY, are_data
+from nbdserve.formats.two_level.entries import BAD_ENTRY, ZERO_ENTRY, are_data, count_before
 from nbdserve.storage.base import Storage
-from nbdserve.units import MIB, SECTOR_SIZE, align_up, div_ceil
+from nbdserve.units import MIB, SECTOR_SIZE
 
 MAX_MOVED_AT_CLOSE: Final = 64 * MIB
 """What closing the gaps of a writer that did not close the image may copy."""
@@ -50,18 +49,15 @@ class QedDriver(TwoLevelDriver):
 
     name = "qed"
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
-    backing_formats: ClassVar[tuple[str, ...] | None] = None
-    declares_backing_format = False
     stored = "<u8"
 
     def __init__(self, storage: Storage, header: Header, sector: bytes, l1: Table, options: Mapping[str, Any]) -> None:
-        super().__init__(storage, header.geometry, l1, options)
+        name = header.backing_name
+        backing = None if name is None else BackingReference(name, header.backing_format)
+        super().__init__(storage, header.geometry, l1, backing, options)
         self.header = header
         self._sector = bytearray(sector)
         self.zeroes_fast = True
-        if header.backing_name is not None:
-            self.backing = BackingReference(header.backing_name, header.backing_format)
-            self.has_backing = True
 
     # --- opening and closing -----------------------------------------------------------------------------------------
 
@@ -74,8 +70,7 @@ class QedDriver(TwoLevelDriver):
         found = None
         if not read_only and header.features & layout.FEATURE_NEED_CHECK:
             found = await cls._look_at(storage, header, sector)
-        stored = await storage.read(header.l1_table_offset, header.l1_used * 8)
-        l1 = Table(header.l1_table_offset, decode_table(stored, cls.stored), cls.stored)
+        l1 = await cls._read_l1(storage, header.l1_table_offset, header.l1_used)
         driver = cls(storage, header, sector, l1, options)
         size = header.cluster_size
         if not read_only:
@@ -136,11 +131,6 @@ class QedDriver(TwoLevelDriver):
         plan_header(size, parse_options(options))
 
     @classmethod
-    def created_size(cls, size: int, options: Mapping[str, str]) -> int:
-        """Whole sectors."""
-        return align_up(size, SECTOR_SIZE)
-
-    @classmethod
     async def create(cls, storage: Storage, size: int, options: Mapping[str, str], **resources: Any) -> None:
         """Make ``storage`` an empty image of ``size`` bytes."""
         await create_qed(storage, size, options)
@@ -159,10 +149,7 @@ class QedDriver(TwoLevelDriver):
 
     async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
         """Follow every entry. What was written before is flushed first; after a repair, open the image anew."""
-        if not self.read_only:
-            await self._commit.settle()
-            if repair_leaks or repair_errors:
-                self._stop_writing(f"{self.path}: repaired since it was opened, open it anew")
+        await self._settle_for_check(repair=repair_leaks or repair_errors)
         header, sector = await read_header(self.storage)
         return await check_qed(
             self.storage,
@@ -195,9 +182,7 @@ class QedDriver(TwoLevelDriver):
         table = self._writable_slice(offset)
         if table is None:
             return None
-        first = (offset >> self._bits) & self._slice_mask
-        end = min(first + div_ceil(length, self.cluster_size), self._slice_entries)
-        words = cast("Words", table.words[first:end])
+        first, words = self._words_at(table, offset, length)
         absent = np.flatnonzero(words == 0)
         if self._space.free_ranges:
             absent = absent[:0]  # the space of writes that failed holds junk: it is for those who fill it
@@ -213,24 +198,7 @@ class QedDriver(TwoLevelDriver):
             else:
                 self._space.end = host_offset  # they were the last ones: given back
         data |= words == 0
-        count = int(data.argmax()) if data.any() else len(data)
-        return min(length, count << self._bits)
-
-    def _zero_alone(self, offset: int, length: int) -> int | None:
-        """Without a backing file, what has no data cluster reads as zeroes already."""
-        l1_index = offset >> self._l1_shift
-        if not self.l1.entries[l1_index]:
-            return min(length, (l1_index + 1 << self._l1_shift) - offset)
-        if self._stopped or offset >> self._slice_shift in self._suspect:
-            raise RequestError(errno.EIO, self._stopped or f"{self.path}: the L2 table for {offset:#x} is corrupt")
-        table = self.cache.find(offset >> self._slice_shift)
-        if table is None:
-            return None
-        first = (offset >> self._bits) & self._slice_mask
-        end = min(first + div_ceil(length, self.cluster_size), self._slice_entries)
-        data = are_data(cast("Words", table.words[first:end]))
-        count = int(data.argmax()) if data.any() else len(data)
-        return min(length, count << self._bits)
+        return min(length, count_before(data) << self._bits)
 
     async def resize(self, size: int) -> None:
         """Grow the disk; the tables have their full size from the start, so that only the header changes.
@@ -244,8 +212,7 @@ class QedDriver(TwoLevelDriver):
                 f"{self.path}: {size} bytes: must be a multiple of 512 from {self.size} to {header.max_image_size}"
             )
         await self._commit.settle()
-        stored = await self.storage.read(header.l1_table_offset, header.l1_used * 8)
-        self.l1 = Table(header.l1_table_offset, decode_table(stored, self.stored), self.stored)
+        self.l1 = await self._read_l1(self.storage, header.l1_table_offset, header.l1_used)
         await self._clear(self.size, size)
         await self._commit.settle()
         # Until here the disk has its old size; what is in the tables past its end is zeroes already.

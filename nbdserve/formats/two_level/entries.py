@@ -34,3 +34,8 @@ def are_data(words: Words) -> Flags:
     """Which entries are host offsets of data clusters."""
     data: Flags = (words > BAD_ENTRY) & (words < np.uint64(FLAG))
     return data
+
+
+def count_before(flags: Flags) -> int:
+    """How many are not set before the first that is."""
+    return int(flags.argmax()) if flags.any() else len(flags)

@@ -15,13 +15,13 @@ from nbdserve.formats.two_level.entries import BAD_ENTRY, kinds_of
 from nbdserve.units import MIB
 
 if TYPE_CHECKING:
-    from nbdserve.formats.two_level.driver import TwoLevelDriver
+    from nbdserve.formats.two_level.image import TwoLevelImage
 
 BATCH_BYTES: Final = 2 * MIB
 """Tables decoded in one turn of the event loop."""
 
 
-async def iter_runs(driver: TwoLevelDriver, start: int, end: int) -> RunStream:
+async def iter_runs(driver: TwoLevelImage, start: int, end: int) -> RunStream:
     """See ``FormatDriver.iter_runs``. ``[start, end)`` is inside the disk."""
     geometry = driver.geometry
     most = max(1, BATCH_BYTES // geometry.slice_bytes)
@@ -44,7 +44,7 @@ async def iter_runs(driver: TwoLevelDriver, start: int, end: int) -> RunStream:
         await asyncio.sleep(0)
 
 
-async def _read_slices(driver: TwoLevelDriver, first: int, count: int) -> Words:
+async def _read_slices(driver: TwoLevelImage, first: int, count: int) -> Words:
     """The words of ``count`` consecutive slices, as they are in memory where they are."""
     size = driver.geometry.slice_bytes
     stored = bytearray(count * size)
@@ -73,7 +73,7 @@ async def _read_slices(driver: TwoLevelDriver, first: int, count: int) -> Words:
     return words
 
 
-def _runs(driver: TwoLevelDriver, words: Words, base: int, start: int, end: int) -> RunArray:
+def _runs(driver: TwoLevelImage, words: Words, base: int, start: int, end: int) -> RunArray:
     """The runs of ``[start, end)``; ``words`` begins at the guest offset ``base``."""
     unit = driver.cluster_size
     first, last = (start - base) // unit, (end - 1 - base) // unit + 1

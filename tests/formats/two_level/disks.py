@@ -49,3 +49,10 @@ SHAPES = (
 LARGE = tuple(shape for shape in SHAPES if shape.size >= 4 * MIB)
 
 PIECE = 4 * KIB
+
+
+def top(node: Node) -> TwoLevelDriver:
+    """The driver of the image that is written."""
+    driver = node.top
+    assert isinstance(driver, TwoLevelDriver)
+    return driver
