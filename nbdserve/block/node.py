@@ -7,15 +7,20 @@ pages or space are missing. The ``async`` methods do the same work for every cas
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import errno
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 from nbdserve.block import cow
 from nbdserve.block.chain import NEEDS_TABLE, resolve
+from nbdserve.block.drain import Gate
 from nbdserve.block.pieces import Piece, add_piece, zero_pieces
 from nbdserve.block.places import LAYER_MASK, Places
 from nbdserve.block.requests import RangeLocks
+from nbdserve.block.watchers import Watcher
 from nbdserve.block.writer import WRITE_DONE, WRITE_WAIT, BatchWriter, Done
+from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, ZERO
 from nbdserve.formats.base import Allocation, FormatDriver
 from nbdserve.storage.base import ReadBuffer, Storage
@@ -46,28 +51,80 @@ class Node:
         writethrough: bool = False,
         guard_probed_raw: bool = False,
     ) -> None:
+        self.unmap = unmap
+        self.detect_zeroes = detect_zeroes
+        self.writethrough = writethrough
+        self.guard_probed_raw = guard_probed_raw
+        self.locks = RangeLocks()
+        self.gate = Gate(self._choose_forms)
+        self.changes = 1
+        """Changes completed, so that a flush can tell whether another has covered them."""
+        self._stable_changes = 0
+        self._flush: asyncio.Task[None] | None = None
+        self._flush_covers = 0
+        self._watchers: tuple[Watcher, ...] = ()
+        self._guards: tuple[Watcher, ...] = ()
+        self._widest = 0
+        """The largest size the disk has had, which clients may still take it to have."""
+        self._adopt(layers)
+
+    def _adopt(self, layers: Sequence[FormatDriver]) -> None:
+        """Take ``layers`` for the chain, and renew what depends on them."""
         self.layers = list(layers)
         self.top = self.layers[0]
         self.path = self.top.path
         self.format = self.top.name
         self.size = self.top.size
         self.read_only = self.top.read_only
-        self.unmap = unmap
-        self.detect_zeroes = detect_zeroes
-        self.writethrough = writethrough
-        self.guard_probed_raw = guard_probed_raw
-        self.locks = RangeLocks()
-        self.changes = 1
-        """Changes completed, so that a flush can tell whether another has covered them."""
-        self._stable_changes = 0
-        self._flush: asyncio.Task[None] | None = None
-        self._flush_covers = 0
+        self._widest = max(self._widest, self.size)
         self._steps = [(layer.lookup, layer.size, layer.data) for layer in self.layers]
-        self._plain_writes = not (self.read_only or writethrough or guard_probed_raw or detect_zeroes != "off")
+        self._plain_writes = not (
+            self.read_only or self.writethrough or self.guard_probed_raw or self.detect_zeroes != "off"
+        )
         self.places = Places(self.layers)
         self._writer = BatchWriter(self)
+        self._choose_forms()
+
+    def _choose_forms(self) -> None:
+        """Which form the requests that do not wait have for now; what is not in use costs nothing that way."""
+        for name in ("try_read_into", "try_read_pieces", "locate_read", "submit_write"):
+            self.__dict__.pop(name, None)
+        if self.gate.closed:
+            self.try_read_into = _try_no_read  # type: ignore[method-assign]
+            self.try_read_pieces = _try_no_pieces  # type: ignore[method-assign]
+            self.locate_read = _locate_nothing  # type: ignore[method-assign]
+            self.submit_write = _submit_nothing  # type: ignore[method-assign]
+            return
         if Places.worthwhile(self.layers):
             self.try_read_into = self._try_read_placed  # type: ignore[method-assign]
+        if self._guards:
+            self.submit_write = _submit_nothing  # type: ignore[method-assign]
+        elif self._watchers:
+            self.submit_write = self._submit_watched  # type: ignore[method-assign]
+        if self._widest > self.size:
+            self._check_bounds_first()
+
+    def _check_bounds_first(self) -> None:
+        """The disk has shrunk: what lies outside of it is left to the other forms, which refuse it."""
+        read, submit, size = self.try_read_into, self.submit_write, self.size
+        read_pieces, locate = self.try_read_pieces, self.locate_read
+
+        def try_read_into(offset: int, buffer: memoryview) -> int:
+            return READ_WAIT if offset + len(buffer) > size else read(offset, buffer)
+
+        def try_read_pieces(offset: int, buffer: memoryview) -> list[Piece] | None:
+            return None if offset + len(buffer) > size else read_pieces(offset, buffer)
+
+        def locate_read(offset: int, length: int) -> tuple[Storage, int] | None:
+            return None if offset + length > size else locate(offset, length)
+
+        def submit_write(offset: int, data: memoryview, done: Done) -> int:
+            return WRITE_WAIT if offset + len(data) > size else submit(offset, data, done)
+
+        self.try_read_into = try_read_into  # type: ignore[method-assign]
+        self.try_read_pieces = try_read_pieces  # type: ignore[method-assign]
+        self.locate_read = locate_read  # type: ignore[method-assign]
+        self.submit_write = submit_write  # type: ignore[method-assign]
 
     @property
     def data(self) -> Storage:
@@ -143,7 +200,8 @@ class Node:
 
     async def read_pieces(self, offset: int, buffer: memoryview) -> list[Piece]:
         """Read the range; the bytes of zero pieces are left as they are in ``buffer``."""
-        async with self.locks.shared(offset, offset + len(buffer)):
+        async with self.gate, self.locks.shared(offset, offset + len(buffer)):
+            self.check_inside(offset, len(buffer))
             return await self.read_pieces_locked(offset, buffer)
 
     async def read_pieces_locked(self, offset: int, buffer: memoryview) -> list[Piece]:
@@ -214,12 +272,23 @@ class Node:
             self.changes += 1
         return outcome
 
+    def _submit_watched(self, offset: int, data: memoryview, done: Done) -> int:
+        """``submit_write`` of a node with watchers."""
+        length = len(data)
+
+        def ended(error: Exception | None) -> None:
+            self._tell_changed(offset, length)
+            done(error)
+
+        outcome = Node.submit_write(self, offset, data, ended)
+        if outcome == WRITE_DONE:
+            self._tell_changed(offset, length)
+        return outcome
+
     async def write(self, offset: int, data: ReadBuffer, *, fua: bool = False) -> None:
         """Write ``data``; with ``fua`` it is stable on return, with the metadata that finds it."""
-        try:
+        async with self._changing(offset, len(data)):
             await cow.write(self, offset, memoryview(data))
-        finally:
-            self.changes += 1
         await self._settle(fua)
 
     async def zero(
@@ -229,20 +298,41 @@ class Node:
 
         ``fast``: OSError(ENOTSUP) unless this is quicker than a write; the content is then untouched.
         """
-        try:
+        async with self._changing(offset, length):
             await cow.zero(self, offset, length, unmap=unmap and self.unmap, fast=fast)
-        finally:
-            self.changes += 1
         await self._settle(fua)
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
         """The content of the range is not needed any more. Nothing happens unless opened with discard=unmap."""
         if self.unmap:
-            try:
+            async with self._changing(offset, length):
                 await cow.discard(self, offset, length)
+        await self._settle(fua)
+
+    @asynccontextmanager
+    async def _changing(self, offset: int, length: int) -> AsyncIterator[None]:
+        """Around a change of the range: its place among the requests, and what the watchers are told of it."""
+        async with self.gate:
+            self.check_inside(offset, length)
+            try:
+                if self._guards:
+                    async with self.gate.passing():
+                        for guard in self._guards:
+                            await guard.before(offset, length)
+                yield
             finally:
                 self.changes += 1
-        await self._settle(fua)
+                self._tell_changed(offset, length)
+
+    def check_inside(self, offset: int, length: int) -> None:
+        """RequestError(EIO) for a range that is not inside the disk: it has become smaller since the client came."""
+        if length and offset + length > self.size:
+            problem = f"{length} bytes at {offset} are not inside the {self.size} bytes of its disk"
+            raise RequestError(errno.EIO, f"{self.path}: {problem}")
+
+    def _tell_changed(self, offset: int, length: int) -> None:
+        for watcher in self._watchers:
+            watcher.changed(offset, length)
 
     def publish(self, allocation: Allocation) -> None:
         """The data of a new allocation is written: show it."""
@@ -275,6 +365,11 @@ class Node:
 
         Callers between whom nothing has changed share one flush: clients send many at once (fio: as many as its depth).
         """
+        if not (self.read_only or self.is_stable):
+            async with self.gate:
+                await self._stabilise()
+
+    async def _stabilise(self) -> None:
         changes = self.changes
         if self.read_only or self._stable_changes == changes:
             return
@@ -295,6 +390,83 @@ class Node:
         if fua or self.writethrough:
             await self.flush()
 
+    # --- changing the node itself ----------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def drained(self) -> AsyncIterator[None]:
+        """Requests in flight have finished, and new ones wait until this is left, those of the fast lane included.
+
+        The task inside may itself use the node, and so may the tasks it starts meanwhile. One inside another is the
+        same as one. Several nodes: ``block.drain.drained``.
+        """
+        if self.gate.may_pass():
+            yield
+            return
+        await self.gate.close()
+        try:
+            async with self.gate.passing():
+                async with self.locks.exclusive(0, 1 << 63):
+                    pass  # what the writer has queued is written
+                if self._flush is not None:
+                    await asyncio.wait([self._flush])
+                yield
+        finally:
+            self.gate.open()
+
+    async def reshape(self, layers: Sequence[FormatDriver]) -> None:
+        """Make ``layers`` the chain, top first. Call it inside ``drained``; clients see one disk, then the other.
+
+        A top layer that stops being it is flushed first, and if that fails (OSError, RequestError) nothing has changed.
+        The new one has to be open for writing if clients write. Layers that are no longer there are the caller's to
+        close, after ``drained``.
+        """
+        assert self.gate.closed
+        assert self.gate.may_pass()
+        old_size = self.size
+        if layers[0] is not self.top:
+            await self.flush()
+        self._adopt(layers)
+        if self.size != old_size:
+            self._tell_resized(old_size)
+
+    async def resize(self, size: int) -> None:
+        """Give the disk ``size`` bytes; what is new reads as zeroes. Clients see it when they connect again.
+
+        ConfigError when the format of the top layer cannot have that size, or cannot shrink.
+        """
+        async with self.drained():
+            old_size = self.size
+            await self.top.resize(size)
+            self._adopt(self.layers)
+            shown = min(self.size, max((layer.size for layer in self.layers[1:]), default=0))
+            if shown > old_size:  # what a longer layer below has there must not appear
+                try:
+                    await self.zero(old_size, shown - old_size, fua=True)
+                except Exception:
+                    await self.top.resize(old_size)
+                    self._adopt(self.layers)
+                    raise
+            if self.size != old_size:
+                self._tell_resized(old_size)
+
+    def _tell_resized(self, old_size: int) -> None:
+        for watcher in self._watchers:
+            watcher.resized(old_size, self.size)
+
+    def watch(self, watcher: Watcher) -> None:
+        """Tell ``watcher`` of the changes that begin from now on; inside ``drained`` those are all that follow."""
+        self._watchers = (*self._watchers, watcher)
+        self._renew_watchers()
+
+    def unwatch(self, watcher: Watcher) -> None:
+        """Tell ``watcher`` nothing more, as far as a change is not under way."""
+        self._watchers = tuple(other for other in self._watchers if other is not watcher)
+        self._renew_watchers()
+
+    def _renew_watchers(self) -> None:
+        self._guards = tuple(watcher for watcher in self._watchers if watcher.goes_before)
+        self._choose_forms()
+
     async def close(self) -> None:
         """Let requests in flight finish, flush, close all layers, and release their files.
 
@@ -309,3 +481,19 @@ class Node:
                     errors.append(error)
         if errors:
             raise errors[0]
+
+
+def _try_no_read(offset: int, buffer: memoryview) -> int:
+    return READ_WAIT
+
+
+def _try_no_pieces(offset: int, buffer: memoryview) -> list[Piece] | None:
+    return None
+
+
+def _locate_nothing(offset: int, length: int) -> tuple[Storage, int] | None:
+    return None
+
+
+def _submit_nothing(offset: int, data: memoryview, done: Done) -> int:
+    return WRITE_WAIT

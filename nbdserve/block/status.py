@@ -40,17 +40,19 @@ async def block_status(
     """
     columns: list[tuple[list[npt.NDArray[np.int64]], list[Status]]] = [([], []) for _ in projections]
     position = offset
-    async for part in map_node(node, offset, offset + length):
-        position = int(part.start[-1] + part.length[-1])
-        full = False
-        for project, (starts, values) in zip(projections, columns, strict=True):
-            status = project(part)
-            first = np.flatnonzero(np.concatenate(([True], status[1:] != status[:-1])))
-            starts.append(part.start[first])
-            values.append(status[first])
-            full |= sum(map(len, starts)) > max_extents
-        if full:
-            break
+    async with node.gate:
+        node.check_inside(offset, length)
+        async for part in map_node(node, offset, offset + length):
+            position = int(part.start[-1] + part.length[-1])
+            full = False
+            for project, (starts, values) in zip(projections, columns, strict=True):
+                status = project(part)
+                first = np.flatnonzero(np.concatenate(([True], status[1:] != status[:-1])))
+                starts.append(part.start[first])
+                values.append(status[first])
+                full |= sum(map(len, starts)) > max_extents
+            if full:
+                break
     merged = [_merge(np.concatenate(starts), np.concatenate(values)) for starts, values in columns]
     end = min([position, *(int(starts[max_extents]) for starts, _ in merged if len(starts) > max_extents)])
     return [_extents(starts, values, end) for starts, values in merged]

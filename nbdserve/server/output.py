@@ -62,7 +62,8 @@ class _FilePart:
             raise BlockingIOError
 
     def release(self) -> None:
-        """There is nothing to release."""
+        """It is sent, or nobody waits for it any more."""
+        self.storage.let_go()
 
 
 class Output:
@@ -132,6 +133,7 @@ class Output:
             except OSError as error:
                 self._fail(error)
         if part.length and not self.closed:
+            storage.hold()
             self._enqueue(part)
 
     def _send_now(self, data: bytes | memoryview, flags: int = 0) -> int:
@@ -187,6 +189,7 @@ class Output:
             self._fail(error)
             return
         if not self.closed:
+            part.release()
             self._queue[0] = _Chunk(memoryview(data))
             self._loop.add_writer(self._sock.fileno(), self._drain)
 

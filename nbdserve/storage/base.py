@@ -52,6 +52,12 @@ class Storage(ABC):
         """
         raise NotImplementedError
 
+    def hold(self) -> None:
+        """``send`` will be called later: a storage that is closed before ``let_go`` stays readable until then."""
+
+    def let_go(self) -> None:
+        """The counterpart of one ``hold``."""
+
     @abstractmethod
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill ``buffer`` with the bytes at ``offset``; past the end, zeroes."""

@@ -88,6 +88,7 @@ class FileStorage(Storage):
         self._changing = 0
         """Jobs under way that write or sync."""
         self._closed = False
+        self._held = 0
         self._quiet: JobFuture[None] | None = None
         self._flushing = False
         self._next_flush: JobFuture[None] | None = None
@@ -270,7 +271,7 @@ class FileStorage(Storage):
     # --- on the worker threads -----------------------------------------------------------------------------------
 
     async def _run(self, fn: Callable[[*Ts], T], *args: *Ts) -> T:
-        if self._closed:
+        if self._closed and not self._held:
             raise OSError(errno.EBADF, f"{self.path} is closed")
         self._running += 1
         try:
@@ -457,13 +458,29 @@ class FileStorage(Storage):
         self._forbid_try_write()
 
     async def close(self) -> None:
-        """Let the calls in progress end, then give the descriptor and its locks back."""
+        """Let the calls in progress end, then give the descriptor and its locks back.
+
+        While a client has not taken what is to be sent from the file, they are kept, and given back after that.
+        """
         if self._closed:
             return
         self._closed = True
         if self._running:
             self._quiet = JobFuture(loop=self._pool.loop)
             await self._quiet
+            self._quiet = None
+        if not self._held:
+            await self._close_now()
+
+    def hold(self) -> None:
+        self._held += 1
+
+    def let_go(self) -> None:
+        self._held -= 1
+        if self._closed and not self._held and not self._running:
+            self._pool.loop.create_task(self._close_now())
+
+    async def _close_now(self) -> None:
         # A read after this fails instead of reaching whatever file gets the number next.
         fd, self._fd = self._fd, -1
         self.try_read_into = super().try_read_into  # type: ignore[method-assign]

@@ -56,6 +56,14 @@ class JoinedStorage(Storage):
     def send(self, socket_fd: int, offset: int, length: int) -> int:
         return self.parts[offset >> PART_BITS].send(socket_fd, offset & INSIDE_PART, length)
 
+    def hold(self) -> None:
+        for part in self.parts:
+            part.hold()
+
+    def let_go(self) -> None:
+        for part in self.parts:
+            part.let_go()
+
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         await self._part(offset).read_into(offset & INSIDE_PART, buffer)
 

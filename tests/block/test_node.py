@@ -21,6 +21,8 @@ from nbdserve.block.node import (
 )
 from nbdserve.block.pieces import zero_pieces
 from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN, WRITE_WAIT
+from nbdserve.errors import RequestError
+from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.formats.raw import RawDriver
 from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.memory import MemoryStorage
@@ -375,3 +377,91 @@ async def test_a_change_that_failed_is_not_taken_for_stable() -> None:
     assert not node.is_stable
     await node.flush()
     assert storage.flushes == 2
+
+
+async def test_reshape_exchanges_the_layers_and_all_that_was_remembered_of_them() -> None:
+    base = MemoryStorage(b"b" * 64 * KIB, path="base")
+    node = await overlay(base, 64 * KIB)
+    await node.write(0, b"one!" * KIB)
+    for _ in range(2):  # the place is remembered, for reading and for writing
+        assert node.try_read_into(0, _buffer(512)) == READ_DATA
+        assert node.submit_write(0, memoryview(b"one!"), _never) == WRITE_DONE
+    below = node.layers
+    upper = await overlay(None, 64 * KIB)
+    async with node.drained():
+        await node.reshape([upper.top, *below])
+    assert node.is_stable
+    assert node.top is upper.top
+    assert (await node.read(0, 4096), await node.read(8192, 4)) == (b"one!" * KIB, b"bbbb")
+    await node.write(0, b"two!" * KIB)
+    await node.write(4096, b"two!" * KIB)
+    assert await node.read(0, 8192) == b"two!" * 2 * KIB
+    assert await Node(below).read(0, 8192) == b"one!" * KIB + b"b" * 4096, "the old top is written no more"
+    async with node.drained():
+        await node.reshape(below)
+    buffer = _buffer(8)
+    assert node.try_read_into(4092, buffer) != READ_DATA or buffer == b"one!bbbb"
+    assert await node.read(4092, 8) == b"one!bbbb"
+
+
+async def test_reshape_flushes_what_leaves_the_top_or_changes_nothing() -> None:
+    class Unstable(MemoryStorage):
+        async def flush(self) -> None:
+            raise OSError(errno.EIO, "lost")
+
+    node = await raw_node(Unstable(bytes(4096)))
+    layers = node.layers
+    upper = await overlay(None, 4096)
+    await node.write(0, b"x")
+    with pytest.raises(OSError, match="lost"):
+        async with node.drained():
+            await node.reshape([upper.top, *layers])
+    assert node.layers == layers
+
+
+async def test_a_disk_that_shrinks_refuses_what_lies_outside_and_takes_it_again_when_it_grows() -> None:
+    node = await raw_node(MemoryStorage(b"x" * 16 * KIB))
+    assert node.try_read_into(12 * KIB, _buffer(512)) == READ_DATA
+    assert node.submit_write(12 * KIB, _buffer(512), _never) == WRITE_DONE
+    await node.resize(8 * KIB)
+    assert node.size == 8 * KIB
+    for offset in (12 * KIB, 8 * KIB - 256):
+        assert node.try_read_into(offset, _buffer(512)) == READ_WAIT
+        assert node.try_read_pieces(offset, _buffer(512)) is None
+        assert node.locate_read(offset, 512) is None
+        assert node.submit_write(offset, _buffer(512), _never) == WRITE_WAIT
+        for request in (node.read(offset, 512), node.write(offset, bytes(512)), node.zero(offset, 512)):
+            with pytest.raises(RequestError, match="not inside"):
+                await request
+    assert node.try_read_into(0, _buffer(512)) == READ_DATA
+    assert node.submit_write(0, _buffer(512), _never) == WRITE_DONE
+    await node.resize(32 * KIB)
+    assert await node.read(8 * KIB, 24 * KIB) == bytes(24 * KIB)
+    assert node.submit_write(31 * KIB, _buffer(512), _never) == WRITE_DONE
+
+
+async def test_growing_above_a_longer_layer_shows_zeroes_and_not_that_layer() -> None:
+    class Growing(Qcow2Driver):
+        async def resize(self, size: int) -> None:
+            self.size = size
+
+    class Failing(Growing):
+        def zero(self, offset: int, length: int, *, unmap: bool) -> int | None:
+            raise OSError(errno.ENOSPC, "full")
+
+    for driver in (Growing, Failing):
+        image = MemoryStorage(path="top")
+        options = {"cluster_size": "4096", "backing_file": "base", "backing_fmt": "raw"}
+        await Qcow2Driver.create(image, 64 * KIB, options)
+        top = await driver.open(image, {}, read_only=False)
+        # A table of the largest size has room for the larger disk, so that its header alone says how large it is.
+        top.size = 32 * KIB
+        base = MemoryStorage(b"b" * 48 * KIB, path="base")
+        node = Node([top, RawDriver(base, 0, base.size, read_only=True)])
+        if driver is Failing:
+            with pytest.raises(OSError, match="full"):
+                await node.resize(64 * KIB)
+            assert node.size == top.size == 32 * KIB
+        else:
+            await node.resize(64 * KIB)
+            assert await node.read(0, 64 * KIB) == b"b" * 32 * KIB + bytes(32 * KIB)

@@ -610,3 +610,20 @@ async def test_a_descriptor_number_used_again_is_never_reached(path: str, tmp_pa
     finally:
         os.close(other)
     assert await worker_pool().run(int) == 0
+
+
+async def test_a_file_that_is_held_is_closed_when_it_is_let_go(path: str) -> None:
+    storage = await FileStorage.open(path)
+    descriptor = storage._fd
+    storage.hold()
+    storage.hold()
+    await storage.close()
+    assert await storage.read(0, 4) == b"aaaa", "what is to be sent can be loaded"
+    storage.let_go()
+    assert os.fstat(descriptor)
+    storage.let_go()
+    await asyncio.sleep(0.05)
+    assert storage._fd == -1
+    with pytest.raises(OSError, match="is closed"):
+        await storage.read(0, 4)
+    await storage.close()
