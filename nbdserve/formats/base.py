@@ -136,6 +136,8 @@ class FormatDriver(ABC):
     """The header has a word for every format of a backing file; else the user gives it at each use."""
     takes_data_file: ClassVar[bool] = False
     """The one companion such an image may have can be chosen by the user (``data-file``)."""
+    preallocation_modes: ClassVar[tuple[str, ...]] = ()
+    """What ``preallocate`` takes."""
     keeps_companions: ClassVar[bool] = False
     """``create`` leaves what its companions hold, so they are not emptied for it."""
 
@@ -313,6 +315,14 @@ class FormatDriver(ABC):
         """Change the virtual size to ``size`` bytes; what is new reads as zeroes. Stable on return.
 
         ConfigError when the format cannot have that size, or cannot shrink.
+        """
+        raise NotImplementedError
+
+    async def preallocate(self, start: int, end: int, mode: str) -> None:
+        """Give ``[start, end)``, the end of the disk, which reads as zeroes, host space of its own. Stable on return.
+
+        ``mode`` is one of ``preallocation_modes``: ``metadata`` maps it, ``falloc`` reserves disk space for it as well,
+        ``full`` writes zeroes to it. OSError(ENOSPC) leaves a part of it done.
         """
         raise NotImplementedError
 

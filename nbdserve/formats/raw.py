@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.extents import DATA, Run, RunArray, RunStream
 from nbdserve.formats.base import CreateOption, FormatDriver, ImageInfo
+from nbdserve.formats.reserve import reserve
 from nbdserve.storage.base import Storage
 
 
@@ -20,6 +21,8 @@ class RawDriver(FormatDriver):
         CreateOption("preallocation", "Preallocation mode (allowed values: off, falloc, full)", "off"),
         CreateOption("nocow", "Turn off copy-on-write (valid only on btrfs)", "off"),
     )
+
+    preallocation_modes: ClassVar[tuple[str, ...]] = ("falloc", "full")
 
     def __init__(self, storage: Storage, window_offset: int, size: int, *, read_only: bool) -> None:
         self.path = storage.path
@@ -75,14 +78,8 @@ class RawDriver(FormatDriver):
     ) -> None:
         """A sparse file of ``size`` bytes; ``preallocation=falloc|full`` reserves or writes it."""
         cls.validate_create(size, options)
-        preallocation = options.get("preallocation", "off")
         await storage.truncate(size)
-        if preallocation == "falloc":
-            await storage.zero(0, size, unmap=False)
-        elif preallocation == "full":
-            chunk = bytes(1 << 20)
-            for offset in range(0, size, len(chunk)):
-                await storage.write(offset, chunk[: size - offset])
+        await reserve(storage, 0, size, options.get("preallocation", "off"))
         await storage.flush()
 
     def info(self) -> ImageInfo:
@@ -106,6 +103,11 @@ class RawDriver(FormatDriver):
             raise ConfigError(f"{self.path}: a window of a file cannot be resized")
         await self.storage.truncate(size)
         self.size = size
+        await self.flush()
+
+    async def preallocate(self, start: int, end: int, mode: str) -> None:
+        """Reserve the end of the file, or write zeroes to it."""
+        await reserve(self.storage, start, end - start, mode)
         await self.flush()
 
     async def close(self) -> None:

@@ -203,3 +203,9 @@ class L2Cache:
         table = L2Table(l1_index, host_offset, words, self.changed, self._stored)
         self.add(table)
         return table
+
+    def drop(self, table: L2Table) -> None:
+        """Forget ``table``, changed or not: nothing refers to it any more."""
+        self.recent.pop(table.l1_index, None)
+        self._old.pop(table.l1_index, None)
+        self.changed.discard(table)

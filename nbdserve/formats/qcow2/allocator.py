@@ -7,6 +7,7 @@ that something disappear, ``release`` lowers the count in memory, and the cluste
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, NoReturn, TypeAlias
 
@@ -50,7 +51,8 @@ class Allocator:
         self._refcounts = refcounts
         self._cluster_bits = cluster_bits
         self._corrupt = corrupt
-        self._punch = punch
+        self.punch = punch
+        """What becomes free is given back to the file system."""
         self._cursor = 0  # nothing below it is free, except in the extent
         self._free = self._free_end = 0  # an extent of free clusters, inside one refcount block
         self._missing = 0  # the block that must be loaded to find more
@@ -86,6 +88,67 @@ class Allocator:
         """A table of the image has moved away from here."""
         self.metadata.difference_update(range(clusters[0], sum(clusters)))
         self.quarantine.append(clusters)
+
+    async def take_run(self, wanted: int) -> int:
+        """``wanted`` consecutive clusters behind everything the file has, counted once from now on; the first of them.
+
+        For tables of more than one cluster. OSError(ENOSPC) when the format cannot address them.
+        """
+        self._forget_extent()
+        refcounts, entries = self._refcounts, self._refcounts.entries
+        while True:
+            first, end = self.virgin, self.virgin + wanted
+            if end << self._cluster_bits > MAX_HOST_OFFSET:
+                raise OSError(errno.ENOSPC, f"{self._storage.path}: the image cannot address more than 2^56 bytes")
+            blocks = range(first // entries, (end - 1) // entries + 1)
+            missing = next((index for index in blocks if not refcounts.block_offset(index)), None)
+            if missing is not None:
+                await self._add_block_before(missing, first)
+            elif (used := await self._last_used(first, end)) is not None:
+                self.virgin = used + 1
+            else:
+                break
+        if self._holds_metadata(first, wanted):
+            self._corrupt(f"clusters {first}..{end - 1} hold metadata, but their refcount is 0")
+        for low, high in self._by_block(first, end):
+            await refcounts.load(low // entries)
+            refcounts.set_range(low, high - low, 1)
+        self.virgin = end
+        return first
+
+    async def _last_used(self, first: int, end: int) -> int | None:
+        """The last cluster of a range that is in use; None where all are free."""
+        for low, high in reversed(self._by_block(first, end)):
+            index, at = divmod(low, self._refcounts.entries)
+            if self._refcounts.block_offset(index):
+                counts = (await self._refcounts.load(index)).counts[at : at + high - low]
+                if counts.any():
+                    return high - 1 - int((counts[::-1] != 0).argmax())
+        return None
+
+    async def end(self) -> int:
+        """The first cluster behind all that are in use."""
+        last = await self._last_used(0, len(self._refcounts.table.words) * self._refcounts.entries)
+        return 0 if last is None else last + 1
+
+    def _by_block(self, first: int, end: int) -> list[ClusterRange]:
+        """``[first, end)`` cut where one refcount block ends and the next begins, as ``(first, end)``."""
+        entries = self._refcounts.entries
+        cuts = [first, *range((first // entries + 1) * entries, end, entries), end]
+        return list(itertools.pairwise(cuts))
+
+    async def _add_block_before(self, index: int, cluster: int) -> None:
+        """Make block ``index`` at ``cluster``, which some block before it counts, or one that counts ``cluster``."""
+        refcounts = self._refcounts
+        home, at = divmod(cluster, refcounts.entries)
+        if index >= len(refcounts.table.words):
+            self._add_block(index)
+        elif not refcounts.block_offset(home):
+            self._place_block(home, cluster)
+        elif (await refcounts.load(home)).counts[at]:
+            self.virgin = cluster + 1
+        else:
+            self._place_block(index, cluster)
 
     async def ready(self) -> None:
         """Find free clusters, so that ``take`` succeeds."""
@@ -127,13 +190,19 @@ class Allocator:
     def _add_block(self, index: int) -> None:
         """Start counting a range in which everything is free, with a block in its first clusters that counts itself."""
         if index < len(self._refcounts.table.words):
-            first, count = self._cursor, 1
-            self._refcounts.add_block(index, first)
-            self._refcounts.set_range(first, 1, 1)
-        else:
-            old = self._refcounts.table.host_offset >> self._cluster_bits, self._refcounts.table_clusters
-            first, count = self._refcounts.grow_table(index)
-            self.retire_metadata(old)
+            self._place_block(index, self._cursor)
+            return
+        old = self._refcounts.table.host_offset >> self._cluster_bits, self._refcounts.table_clusters
+        first, count = self._refcounts.grow_table(index)
+        self.retire_metadata(old)
+        self._add_metadata(first, count)
+
+    def _place_block(self, index: int, cluster: int) -> None:
+        self._refcounts.add_block(index, cluster)
+        self._refcounts.set_range(cluster, 1, 1)
+        self._add_metadata(cluster, 1)
+
+    def _add_metadata(self, first: int, count: int) -> None:
         if self._holds_metadata(first, count):
             self._corrupt(f"clusters {first}..{first + count - 1} hold metadata, but no refcount block counts them")
         self.metadata.update(range(first, first + count))
@@ -163,7 +232,7 @@ class Allocator:
             base = index * self._refcounts.entries + at
             lowered = counts != 0  # a count of 0 that was referred to is an error of the image, left to ``check``
             freed = np.flatnonzero(counts == 1) + base
-            if self._punch:
+            if self.punch:
                 for start, length in _runs(freed):
                     await self._storage.discard(start << self._cluster_bits, length << self._cluster_bits)
             counts -= lowered.astype(counts.dtype)
@@ -172,9 +241,12 @@ class Allocator:
             block.pins -= 1
         if len(freed):
             self._cursor = min(self._cursor, int(freed[0]))
-            if self._free < self._free_end:
-                self._cursor = min(self._cursor, self._free)
-            self._free = self._free_end = 0
+            self._forget_extent()
+
+    def _forget_extent(self) -> None:
+        if self._free < self._free_end:
+            self._cursor = min(self._cursor, self._free)
+        self._free = self._free_end = 0
 
 
 def _merged(ranges: Iterable[ClusterRange]) -> list[ClusterRange]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbdserve.errors import CorruptImageError
-from nbdserve.formats.qcow2.layout import AUTOCLEAR_BITMAPS, Header
+from nbdserve.formats.qcow2.header import Header
+from nbdserve.formats.qcow2.layout import AUTOCLEAR_BITMAPS
 from nbdserve.storage.base import Storage
 from nbdserve.units import align_up
 

@@ -25,6 +25,7 @@ from nbdserve.formats.qcow2.check_walk import (
     read_metadata,
     walk_l2,
 )
+from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.refcounts import Counts
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up, div_ceil
@@ -373,10 +374,10 @@ class Analysis:
         self.result.fragmented_clusters += int(active[at[1:]][breaks].sum()) + compressed
 
 
-async def read_header(storage: Storage) -> layout.Header:
+async def read_header(storage: Storage) -> Header:
     """The header as it is on disk now."""
     first_cluster = min(storage.size, 1 << layout.MAX_CLUSTER_BITS)
-    return layout.Header.parse(await storage.read(0, first_cluster), storage.path, storage.size)
+    return Header.parse(await storage.read(0, first_cluster), storage.path, storage.size)
 
 
 async def analyse(storage: Storage) -> Analysis:

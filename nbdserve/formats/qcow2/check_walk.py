@@ -19,6 +19,7 @@ from nbdserve.errors import CorruptImageError
 from nbdserve.formats.base import CheckResult
 from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.bitmap_directory import read_bitmap_directory
+from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.refcounts import Counts, decode_counts
 from nbdserve.formats.qcow2.snapshots import read_snapshots
 from nbdserve.formats.tables import decode_words
@@ -62,7 +63,7 @@ class Findings:
 class Metadata:
     """The small tables of an image, read once."""
 
-    header: layout.Header
+    header: Header
     l1: UInt64Array
     l2_offsets: Int64Array
     """Every L2 table named by any L1 table once, ascending."""
@@ -88,7 +89,7 @@ async def read_words(storage: Storage, offset: int, count: int) -> UInt64Array:
     return decode_words(await storage.read(offset, count * 8))
 
 
-async def read_metadata(storage: Storage, header: layout.Header) -> Metadata:
+async def read_metadata(storage: Storage, header: Header) -> Metadata:
     """Read the small tables, and report what is wrong with their entries. CorruptImageError, OSError."""
     findings = Findings()
     cluster_size = header.cluster_size
@@ -206,9 +207,7 @@ async def read_clusters(storage: Storage, offsets: Int64Array, cluster_size: int
     return buffer
 
 
-def decode_l2(
-    header: layout.Header, data: bytearray, offsets: Int64Array, weight: Int64Array, active: Int64Array
-) -> Tables:
+def decode_l2(header: Header, data: bytearray, offsets: Int64Array, weight: Int64Array, active: Int64Array) -> Tables:
     """The tables in ``data``."""
     words = decode_words(data)
     bitmaps: UInt64Array | None = None
@@ -278,7 +277,7 @@ class Window:
 class DiskRefcounts:
     """The refcounts as they are on disk."""
 
-    def __init__(self, storage: Storage, header: layout.Header, refcount_table: UInt64Array) -> None:
+    def __init__(self, storage: Storage, header: Header, refcount_table: UInt64Array) -> None:
         self._storage = storage
         self._header = header
         self.block_offsets = (refcount_table & np.uint64(layout.REFCOUNT_TABLE_OFFSET_MASK)).view(np.int64)

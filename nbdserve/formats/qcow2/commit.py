@@ -36,6 +36,10 @@ class HeaderSector:
         """The field of 8 bytes at ``at``."""
         return int.from_bytes(self._sector[at : at + 8], "big")
 
+    def read(self, at: int, length: int) -> bytes:
+        """The bytes at ``at``."""
+        return bytes(self._sector[at : at + length])
+
     async def patch(self, at: int, value: bytes) -> None:
         """Replace the bytes at ``at``, durably."""
         async with self._lock:  # two patches in flight could reach the disk in the wrong order
@@ -78,7 +82,7 @@ class Committer:
         self._storage = storage
         self._data = data
         self._header = header
-        self._l1 = l1
+        self.l1 = l1
         self._cache = cache
         self._refcounts = refcounts
         self._allocator = allocator
@@ -91,7 +95,7 @@ class Committer:
         refcounts = self._refcounts
         return not (
             self._cache.changed
-            or self._l1.dirty
+            or self.l1.dirty
             or refcounts.changed
             or refcounts.table.dirty
             or refcounts.table_moved
@@ -223,7 +227,7 @@ class Committer:
                 batch.undo_mapping.append(partial(self._cache.changed.add, table))
                 self._collect_sectors(table, batch.mapping, batch.undo_mapping)
         self._cache.changed.clear()
-        self._collect_sectors(self._l1, batch.mapping, batch.undo_mapping)
+        self._collect_sectors(self.l1, batch.mapping, batch.undo_mapping)
         return batch
 
     def _collect_refcounts(self, batch: _Batch) -> None:

@@ -17,7 +17,9 @@ from nbdserve.formats.base import CreateOption
 from nbdserve.formats.luks.create import VOLUME_OPTIONS, VolumeOptions, new_volume, parse_volume_options, passphrase
 from nbdserve.formats.luks.layout import slot_offsets
 from nbdserve.formats.qcow2 import layout
+from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.refcounts import encode_counts
+from nbdserve.formats.reserve import reserve
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up, div_ceil, is_power_of_two, parse_size
 
@@ -332,17 +334,17 @@ async def create_qcow2(
         await _write_tables(storage, plan, size, parsed, external_data=external_data)
     if data_file_storage is not None:
         await _empty(data_file_storage, size)
-        await _reserve(data_file_storage, 0, size, parsed.preallocation)
+        await reserve(data_file_storage, 0, size, parsed.preallocation)
         await data_file_storage.flush()
     else:
-        await _reserve(storage, plan.data_offset, plan.end_offset - plan.data_offset, parsed.preallocation)
+        await reserve(storage, plan.data_offset, plan.end_offset - plan.data_offset, parsed.preallocation)
     await storage.flush()
     # Only a complete image gets its header: a crash before this leaves a file that nobody takes for qcow2.
     await storage.write(0, header)
     await storage.flush()
 
 
-def make_header(plan: Layout, size: int, options: Options) -> layout.Header:
+def make_header(plan: Layout, size: int, options: Options) -> Header:
     """The header of a new image, with the extensions QEMU gives it, in QEMU's order."""
     extensions: list[tuple[int, bytes]] = []
     if options.backing_format is not None:
@@ -359,7 +361,7 @@ def make_header(plan: Layout, size: int, options: Options) -> layout.Header:
         | layout.INCOMPATIBLE_COMPRESSION * (options.compression_type != layout.COMPRESSION_ZLIB)
         | layout.INCOMPATIBLE_EXTENDED_L2 * options.extended_l2
     )
-    return layout.Header(
+    return Header(
         version=options.version,
         cluster_bits=plan.cluster_bits,
         size=size,
@@ -417,13 +419,3 @@ async def _write_tables(storage: Storage, plan: Layout, size: int, options: Opti
         numbers = np.arange(first, first + count, dtype=np.uint64)
         entries[:, 0] = (base + numbers * cluster) | np.uint64(flags)
         await storage.write(plan.l2_offset + first * 8 * words, entries.tobytes())
-
-
-async def _reserve(storage: Storage, offset: int, length: int, preallocation: str) -> None:
-    """Give the range disk space (``falloc``) or zeroes in writing (``full``)."""
-    if length and preallocation == "falloc":
-        await storage.zero(offset, length, unmap=False)
-    elif preallocation == "full":
-        chunk = bytes(1 << 20)
-        for position in range(offset, offset + length, len(chunk)):
-            await storage.write(position, chunk[: offset + length - position])

@@ -13,6 +13,7 @@ import numpy as np
 from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO, Run, RunStream
 from nbdserve.formats.base import Allocation
+from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.formats.qcow2.layout import (
     COMPRESSED_FLAG,
@@ -20,11 +21,11 @@ from nbdserve.formats.qcow2.layout import (
     CRYPT_AES,
     OFFSET_MASK,
     ZERO_FLAG,
-    Header,
     compressed_range,
 )
+from nbdserve.formats.qcow2.resize import preallocate_qcow2, resize_qcow2
 from nbdserve.formats.qcow2.runs import iter_runs
-from nbdserve.formats.tables import L2Table, run_from
+from nbdserve.formats.tables import L2Table, Words, run_from
 from nbdserve.units import div_ceil
 
 
@@ -241,6 +242,40 @@ class Qcow2Driver(Qcow2Image):
         elif host_offset := entry & OFFSET_MASK:
             self.allocator.quarantine.append((host_offset >> self._bits, 1))
 
+    def _release_entries(self, words: Words) -> None:
+        """The host clusters of all these entries have one reference less."""
+        if self.external:
+            return
+        compressed = words & np.uint64(COMPRESSED_FLAG) != 0
+        for entry in words[compressed].tolist():
+            self._release(entry)
+        offsets = words[~compressed] & np.uint64(OFFSET_MASK)
+        self.allocator.free(offsets[offsets != 0].astype(np.int64) >> self._bits)
+
+    def drop_table(self, l1_index: int) -> None:
+        """Unmap everything under an L1 entry, whose table is in memory."""
+        table = self.cache.find(l1_index)
+        assert table is not None
+        self._release_entries(cast("Words", table.words))
+        self.allocator.retire_metadata((table.host_offset >> self._bits, 1))
+        self.l1.store(l1_index, 0)
+        self.cache.drop(table)
+
+    def cut_table(self, offset: int) -> bool:
+        """Unmap what an L2 table has from ``offset``, a multiple of ``granularity``, on. False: ``prepare`` first."""
+        table = self.cache.find(offset >> self._l1_shift)
+        if table is None:
+            return not self.l1.entries[offset >> self._l1_shift]
+        first = (offset >> self._bits) & self._l2_mask
+        if table.words[first:].any():
+            table = self._writable_table(offset)
+            if table is None:
+                return False
+            self._release_entries(cast("Words", table.words[first:]))
+            table.words[first:] = 0
+            table.touch(first, self._l2_entries)
+        return True
+
     def zero(self, offset: int, length: int, *, unmap: bool) -> int | None:
         """Set ZERO flags; version 2 has none, so that only ``unmap`` without a backing file works there."""
         if self.header.data_file_raw:
@@ -279,11 +314,18 @@ class Qcow2Driver(Qcow2Image):
             return
         table.words[first:end] = new
         table.touch(first + int(changed[0]), first + int(changed[-1]) + 1)
-        for entry in old[compressed].tolist():
-            self._release(entry)
-        if not self.external:
-            gone = old[placed & ~compressed & (new & np.uint64(OFFSET_MASK) == 0)] & np.uint64(OFFSET_MASK)
-            self.allocator.free(gone.astype(np.int64) >> self._bits)
+        self._release_entries(old[compressed | placed & (new & np.uint64(OFFSET_MASK) == 0)])
+
+    async def resize(self, size: int) -> None:
+        """Change the size; a crash at any point leaves the old one or the new.
+
+        Where the old end is inside a unit that only a longer layer below has, the engine zeroes the rest of it.
+        """
+        await resize_qcow2(self, size)
+
+    async def preallocate(self, start: int, end: int, mode: str) -> None:
+        """Data clusters of zeroes; encrypted zeroes are written in any mode."""
+        await preallocate_qcow2(self, start, end, mode)
 
     def discard(self, offset: int, length: int) -> int | None:
         """As ``zero``: what was discarded reads as zeroes."""

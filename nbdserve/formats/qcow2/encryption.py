@@ -12,7 +12,8 @@ from nbdserve.formats.encryption.guest_sectors import GuestSectorStorage, aes_ci
 from nbdserve.formats.encryption.storage import EncryptedStorage
 from nbdserve.formats.luks import layout as luks
 from nbdserve.formats.luks.keys import open_volume
-from nbdserve.formats.qcow2.layout import CRYPT_AES, Header
+from nbdserve.formats.qcow2.header import Header
+from nbdserve.formats.qcow2.layout import CRYPT_AES
 from nbdserve.storage.base import Storage
 
 

@@ -25,10 +25,10 @@ from nbdserve.formats.qcow2.commit import Committer, HeaderSector
 from nbdserve.formats.qcow2.compressed import CompressedClusters
 from nbdserve.formats.qcow2.create import CREATE_OPTIONS, create_qcow2, parse_encryption, plan_image, virtual_size
 from nbdserve.formats.qcow2.encryption import open_encryption
+from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.layout import (
     COPIED,
     OFFSET_MASK,
-    Header,
 )
 from nbdserve.formats.qcow2.metadata import metadata_clusters
 from nbdserve.formats.qcow2.refcounts import Refcounts
@@ -36,7 +36,7 @@ from nbdserve.formats.qcow2.snapshots import Snapshot, describe, find_snapshot, 
 from nbdserve.formats.tables import L2Cache, L2Table, Table, decode_words
 from nbdserve.storage.base import Storage
 from nbdserve.storage.draft import Draft
-from nbdserve.units import KIB, SECTOR_SIZE
+from nbdserve.units import KIB, SECTOR_SIZE, align_up
 
 ALL_BITS: Final = (1 << 64) - 1
 MAX_QUARANTINE: Final = 1 << 16
@@ -61,6 +61,7 @@ class Qcow2Image(FormatDriver):
     backing_formats: ClassVar[tuple[str, ...] | None] = None
     has_snapshots: ClassVar[bool] = True
     takes_data_file: ClassVar[bool] = True
+    preallocation_modes: ClassVar[tuple[str, ...]] = ("metadata", "falloc", "full")
 
     def __init__(self, storage: Storage, data: Storage, header: Header, l1: Table, options: Mapping[str, Any]) -> None:
         self.storage, self.data, self.path = storage, data, storage.path
@@ -73,11 +74,13 @@ class Qcow2Image(FormatDriver):
         self.cache = L2Cache(header.cluster_size)
         if header.backing_name is not None:
             self.backing = BackingReference(header.backing_name, header.backing_format)
-        self._data_file = data
+        self.data_file = data
         """What ``data`` is in: where that encrypts, the file under it."""
         self._luks_header: LuksHeader | None = None
         self.has_backing = self.backing is not None or bool(options.get("has_backing", False))
         """Something below may show where this layer does not decide."""
+        self.backing_end = 1 << 63 if self.has_backing else 0
+        """Bytes of the disk below: from there on it shows zeroes."""
         self.zeroes_fast = header.version >= 3 and not header.data_file_raw
         self.external = header.has_data_file
         # Everything lookup needs is one attribute away.
@@ -129,7 +132,7 @@ class Qcow2Image(FormatDriver):
         l1 = Table(l1_offset, decode_words(await storage.read(l1_offset, l1_entries * 8)))
         data, luks_header = await open_encryption(storage, data_file, header, options)
         driver = cls._class_for(header)(storage, data, header, l1, options)
-        driver._data_file = data_file
+        driver.data_file = data_file
         driver._luks_header = luks_header
         driver.snapshots = snapshots
         if snapshot is not None and snapshot.disk_size is not None:
@@ -189,6 +192,10 @@ class Qcow2Image(FormatDriver):
             )
         return (Companion(header.data_file_name, "data file", guest_data_only=True),)
 
+    def accept_backing(self, backing: FormatDriver) -> None:
+        """Any will do; how long it is says how far it shows."""
+        self.backing_end = backing.size
+
     @classmethod
     async def _repair_dirty(cls, storage: Storage, header: Header, options: Mapping[str, Any]) -> None:
         """Rebuild the refcounts of an image whose writer kept them lazily and did not close it.
@@ -215,7 +222,7 @@ class Qcow2Image(FormatDriver):
 
     async def _open_writable(self, sector: bytes, snapshot_table_bytes: int, options: Mapping[str, Any]) -> None:
         self.read_only = False
-        self._header_sector = HeaderSector(self.storage, sector)
+        self.header_sector = HeaderSector(self.storage, sector)
         self.refcounts = await Refcounts.open(self.storage, self.header)
         metadata = metadata_clusters(
             self.header, self.l1, self.refcounts.table, self.snapshots, snapshot_table_bytes, self.path
@@ -224,8 +231,8 @@ class Qcow2Image(FormatDriver):
             self._protected = metadata
         punch = options.get("discard") == "unmap"
         self.allocator = Allocator(self.storage, self.refcounts, self._bits, metadata, self._corruption, punch=punch)
-        self._committer = Committer(
-            self.storage, self._data_file, self._header_sector, self.l1, self.cache, self.refcounts, self.allocator
+        self.committer = Committer(
+            self.storage, self.data_file, self.header_sector, self.l1, self.cache, self.refcounts, self.allocator
         )
         self._data_virgin = self.data.size
         # Bitmaps are not kept up to date, and neither is what an unknown bit stands for: the bits are cleared, so that
@@ -233,7 +240,7 @@ class Qcow2Image(FormatDriver):
         autoclear = self.header.autoclear
         if autoclear & ~layout.AUTOCLEAR_DATA_FILE_RAW:
             kept = autoclear & layout.AUTOCLEAR_DATA_FILE_RAW
-            await self._header_sector.patch(layout.AUTOCLEAR_AT, kept.to_bytes(8, "big"))
+            await self.header_sector.patch(layout.AUTOCLEAR_AT, kept.to_bytes(8, "big"))
 
     @classmethod
     def validate_create(cls, size: int, options: Mapping[str, str]) -> None:
@@ -278,7 +285,7 @@ class Qcow2Image(FormatDriver):
         from nbdserve.formats.qcow2.check import check_qcow2  # noqa: PLC0415  (check works on drivers)
 
         if not self.read_only:
-            await self._committer.settle()
+            await self.committer.settle()
             if repair_leaks or repair_errors:
                 self._stop_writing(f"{self.path}: repaired since it was opened, open it anew")
         return await check_qcow2(self, repair_leaks=repair_leaks, repair_errors=repair_errors)
@@ -356,7 +363,7 @@ class Qcow2Image(FormatDriver):
         """The L2 table of ``offset`` as this image's own: made if there is none, copied if a snapshot shares it."""
         if self._broken:
             raise RequestError(errno.EIO, self._broken)
-        if self._is_crowded():
+        if self.is_crowded():
             self._starved = True
             return None
         l1_index = offset >> self._l1_shift
@@ -384,29 +391,60 @@ class Qcow2Image(FormatDriver):
         await self._make_room()
         await self.load(offset)
 
-    def _is_crowded(self) -> bool:
+    def is_crowded(self) -> bool:
+        """So much waits for a commit that one should be made before more is changed."""
         return self.cache.crowded or len(self.allocator.quarantine) > MAX_QUARANTINE
 
     async def _make_room(self) -> None:
-        if self._is_crowded():
-            await self._committer.commit()
+        if self.is_crowded():
+            await self.committer.commit()
         await self.allocator.ready()
         self._starved = False
+
+    # --- size ------------------------------------------------------------------------------------------------------
+
+    def check_writable(self) -> None:
+        """RequestError where nothing can be changed."""
+        if self._broken:
+            raise RequestError(errno.EIO, self._broken)
+        if self.read_only:
+            raise RequestError(errno.EPERM, f"{self.path}: the image is open read-only")
+
+    def put_l1(self, table: Table) -> None:
+        """From now on this is the L1 table; the header follows."""
+        self.l1 = self.committer.l1 = table
+
+    async def patch_header(self, at: int, value: bytes) -> None:
+        """Change the header's first sector, durably. After a failure nobody knows what it is, and nothing is changed.
+
+        ``header`` is the caller's to replace.
+        """
+        try:
+            await self.header_sector.patch(at, value)
+        except BaseException as error:
+            self._stop_writing(f"{self.path}: the header could not be written: {error}")
+            raise
+
+    async def cut_data_file(self, size: int) -> None:
+        """Make the external data file shorter."""
+        await self.data_file.truncate(size)
+        await self.data_file.flush()
+        self._data_virgin = min(self._data_virgin, align_up(size, self.cluster_size))
 
     # --- stability -------------------------------------------------------------------------------------------------
 
     async def flush(self) -> None:
         """Commit everything published so far; see ``commit``."""
         if not self.read_only or self._broken:
-            await self._committer.commit()
+            await self.committer.commit()
 
     def _corruption(self, problem: str) -> NoReturn:
         """The image contradicts itself in a way that writing would make worse: mark it corrupt, write no more."""
         if not self._broken:
             self._stop_writing(f"{self.path}: {problem}; the image is corrupt and can only be read from now on")
             if self.header.version >= 3:
-                value = self._header_sector.read_u64(layout.INCOMPATIBLE_AT) | layout.INCOMPATIBLE_CORRUPT
-                patch = self._header_sector.patch(layout.INCOMPATIBLE_AT, value.to_bytes(8, "big"))
+                value = self.header_sector.read_u64(layout.INCOMPATIBLE_AT) | layout.INCOMPATIBLE_CORRUPT
+                patch = self.header_sector.patch(layout.INCOMPATIBLE_AT, value.to_bytes(8, "big"))
                 self._marking = asyncio.get_running_loop().create_task(patch)
         raise RequestError(errno.EIO, self._broken)
 
@@ -419,7 +457,7 @@ class Qcow2Image(FormatDriver):
         """Write everything back, and close the storages whether that succeeded or not."""
         try:
             if not self.read_only or self._broken:
-                await self._committer.settle()
+                await self.committer.settle()
             if self._marking is not None:
                 await self._marking
         finally:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from nbdserve.errors import CorruptImageError
-from nbdserve.formats.qcow2.layout import AUTOCLEAR_BITMAPS, COPIED, OFFSET_MASK, Header
+from nbdserve.formats.qcow2.header import Header
+from nbdserve.formats.qcow2.layout import AUTOCLEAR_BITMAPS, COPIED, OFFSET_MASK
 from nbdserve.formats.qcow2.snapshots import Snapshot
 from nbdserve.formats.tables import Table, Words
 from nbdserve.units import div_ceil

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.check_walk import WINDOW_CLUSTERS, DiskRefcounts, read_words
+from nbdserve.formats.qcow2.header import Header
 from nbdserve.storage.base import Storage
 from nbdserve.units import div_ceil
 
 
-async def metadata_preallocated(storage: Storage, header: layout.Header) -> bool:
+async def metadata_preallocated(storage: Storage, header: Header) -> bool:
     """Whether clearly more clusters are in use than the file has disk space for, by QEMU's rule: one ninth, and two.
 
     Only of such an image the holes of the file are worth asking for. OSError.

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from nbdserve.errors import RequestError
-from nbdserve.formats.qcow2.layout import MAX_REFCOUNT_TABLE_BYTES, Header
+from nbdserve.formats.qcow2.header import Header
+from nbdserve.formats.qcow2.layout import MAX_REFCOUNT_TABLE_BYTES
 from nbdserve.formats.tables import Piece, Table, decode_words, sector_runs
 from nbdserve.storage.base import ReadBuffer, Storage
 from nbdserve.units import MIB, SECTOR_SIZE, div_ceil

@@ -10,7 +10,8 @@ import construct as c
 
 from nbdserve.errors import CorruptImageError, ImageError
 from nbdserve.formats.base import SnapshotInfo
-from nbdserve.formats.qcow2.layout import MAX_L1_BYTES, Header, in_range, table_inside
+from nbdserve.formats.qcow2.header import Header
+from nbdserve.formats.qcow2.layout import MAX_L1_BYTES, in_range, table_inside
 from nbdserve.storage.base import Storage
 from nbdserve.units import KIB, MIB
 

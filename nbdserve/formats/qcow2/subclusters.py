@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO, Run
 from nbdserve.formats.base import Allocation
 from nbdserve.formats.qcow2.driver import Qcow2Driver
-from nbdserve.formats.qcow2.layout import COMPRESSED_FLAG, COPIED, OFFSET_MASK, SUBCLUSTERS, Header, compressed_range
-from nbdserve.formats.tables import L2Table, Table
+from nbdserve.formats.qcow2.header import Header
+from nbdserve.formats.qcow2.layout import COMPRESSED_FLAG, COPIED, OFFSET_MASK, SUBCLUSTERS, compressed_range
+from nbdserve.formats.tables import L2Table, Table, Words
 from nbdserve.storage.base import Storage
 from nbdserve.units import div_ceil
 
@@ -269,4 +270,30 @@ class SubclusterDriver(Qcow2Driver):
             if entry and not kept:
                 self._release(entry)
             self._store(table, at, kept, zero << SUBCLUSTERS | allocated)
+        return True
+
+    def _release_entries(self, words: Words) -> None:
+        super()._release_entries(words[0::2])
+
+    def cut_table(self, offset: int) -> bool:
+        """As for standard entries; of a cluster that ``offset`` is inside of, the subclusters from there on go."""
+        table = self.cache.find(offset >> self._l1_shift)
+        if table is None:
+            return not self.l1.entries[offset >> self._l1_shift]
+        at = ((offset >> self._bits) & self._l2_mask) << 1
+        if not table.words[at:].any():
+            return True
+        table = self._writable_table(offset)
+        if table is None:
+            return False
+        subcluster = (offset >> self._sub_bits) & SUBCLUSTERS - 1
+        if subcluster:
+            entry, bitmap = table.entries[at], table.entries[at + 1]
+            kept = (1 << subcluster) - 1
+            if not entry & COMPRESSED_FLAG:  # such a cluster is copied, with zeroes at its end
+                self._store(table, at, entry, bitmap & (kept | kept << SUBCLUSTERS))
+            at += 2
+        self._release_entries(cast("Words", table.words[at:]))
+        table.words[at:] = 0
+        table.touch(at, len(table.words))
         return True

@@ -2,6 +2,7 @@ import numpy as np
 
 from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.check_walk import MAX_MESSAGES, Findings, Window, decode_l2, read_clusters
+from nbdserve.formats.qcow2.header import Header
 from nbdserve.storage.memory import MemoryStorage
 
 
@@ -48,8 +49,8 @@ async def test_scattered_clusters_come_in_the_order_asked_for() -> None:
     assert [data[at] for at in range(0, len(data), 512)] == [1, 2, 4, 7]
 
 
-def header(incompatible: int = 0) -> layout.Header:
-    return layout.Header(3, 16, 1 << 30, 0x30000, 2, 0x10000, 1, incompatible=incompatible)
+def header(incompatible: int = 0) -> Header:
+    return Header(3, 16, 1 << 30, 0x30000, 2, 0x10000, 1, incompatible=incompatible)
 
 
 def test_an_empty_entry_with_copied_is_data_only_in_an_external_file() -> None:

@@ -21,6 +21,7 @@ from nbdserve.extents import COMPRESSED
 from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.create import parse_options, plan_image
 from nbdserve.formats.qcow2.driver import Qcow2Driver
+from nbdserve.formats.qcow2.header import Header
 from nbdserve.storage.file import FileStorage
 from nbdserve.units import KIB, MIB
 from tests.formats.encryption.stock import LUKS, SECRET, Stock, options_of
@@ -218,7 +219,7 @@ async def test_nothing_of_the_guest_is_in_the_file(tmp_path: Path) -> None:
 async def test_the_luks_header_is_no_place_for_data(tmp_path: Path) -> None:
     path = await make(tmp_path / "a.qcow2", MIB)
     data = bytearray(path.read_bytes())
-    header = layout.Header.parse(data, "", len(data))
+    header = Header.parse(data, "", len(data))
     assert header.luks_area is not None
     node = await open_image(spec(path))
     await node.write(0, b"x")
@@ -256,7 +257,7 @@ async def test_bad_places_of_the_header_are_named(
 ) -> None:
     path = await make(tmp_path / "a.qcow2", MIB)
     data = bytearray(path.read_bytes())
-    header = layout.Header.parse(data, "", len(data))
+    header = Header.parse(data, "", len(data))
     if isinstance(extension, tuple):
         extension = layout.LUKS_EXTENSION.build(dict(zip(("offset", "length"), extension, strict=True)))
     others = tuple(item for item in header.extensions if item[0] != layout.EXTENSION_LUKS)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from nbdserve.errors import CorruptImageError, ImageError
+from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.image import read_header
-from nbdserve.formats.qcow2.layout import Header
 from nbdserve.formats.qcow2.snapshots import Snapshot, find_snapshot, read_snapshots
 from nbdserve.storage.memory import MemoryStorage
 from tests.formats.qcow2.engine import create, run
