@@ -256,6 +256,9 @@ async def _allocate(driver: Qcow2Driver, start: int, end: int, mode: str) -> Non
             if not allocation.zeroed and not driver.header.data_file_raw:
                 await driver.data.zero(allocation.host_offset, allocation.length)
             await reserve(driver.data, allocation.host_offset, allocation.length, mode)
+            end_of_file = allocation.host_offset + align_up(allocation.length, driver.cluster_size)
+            if not driver.external and driver.storage.size < end_of_file:
+                await driver.storage.truncate(end_of_file)
         except Exception:
             driver.abandon(allocation)
             raise
