@@ -12,9 +12,11 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nbdserve import __version__
 from nbdserve.block.graph import open_image
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
@@ -26,6 +28,9 @@ from nbdserve.server.server import Server, ServerLimits
 from nbdserve.storage.roots import ImageRoots
 
 if TYPE_CHECKING:
+    from nbdserve.admin.control import Control
+    from nbdserve.admin.start import Admin
+
     # pydantic is 12 MiB and a third of the start-up time; nbdserve-qemu-nbd does without.
     from nbdserve.config.models import Config, ServerOptions
 
@@ -62,9 +67,16 @@ class Plan:
     """End when the last client that was in transmission has left."""
     drain_seconds: float = 10.0
     pid_file: str = ""
+    admin: Sequence[Address] = ()
+    """Where the admin socket is; without any there is none, and nothing of it is loaded."""
 
 
-def plan_of(server: ServerOptions, exports: Sequence[ExportPlan], listeners: Sequence[Listener] = ()) -> Plan:
+def plan_of(
+    server: ServerOptions,
+    exports: Sequence[ExportPlan],
+    listeners: Sequence[Listener] = (),
+    admin: Sequence[Address] = (),
+) -> Plan:
     """The plan for ``exports`` with the server's options."""
     return Plan(
         exports,
@@ -76,6 +88,7 @@ def plan_of(server: ServerOptions, exports: Sequence[ExportPlan], listeners: Seq
         server.exit_last,
         server.drain_seconds,
         server.pid_file,
+        admin,
     )
 
 
@@ -107,7 +120,10 @@ async def serve(plan: Plan, ready: Callable[[list[Address]], None]) -> None:
     stopping = Stopping(asyncio.get_running_loop())
     listeners = list(plan.listeners) or bind_all(plan.addresses)
     nodes: list[Node] = []
+    admin: Admin | None = None
     try:
+        if plan.admin:
+            admin = import_module("nbdserve.admin.start").Admin(plan.admin)
         exports = ExportTable()
         for export in plan.exports:
             node = await open_image(export.image, _image_roots(export.image.path, plan.image_roots))
@@ -119,15 +135,26 @@ async def serve(plan: Plan, ready: Callable[[list[Address]], None]) -> None:
         try:
             for listener in listeners:
                 await server.listen(listener.sock)
+            if admin is not None:
+                await admin.start(_control(stopping))
             _write_pid_file(plan.pid_file)
             ready([listener.address for listener in listeners])
             await stopping.first
         finally:
             await _drain(server, plan.drain_seconds, stopping)
+            if admin is not None:
+                await admin.close()
     finally:
+        if admin is not None:
+            admin.release()
         for listener in listeners:
             listener.close()
         await _close(nodes)
+
+
+def _control(stopping: Stopping) -> Control:
+    control: Control = import_module("nbdserve.admin.control").Control(f"nbdserve {__version__}", stopping.stop)
+    return control
 
 
 class Stopping:

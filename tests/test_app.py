@@ -16,6 +16,7 @@ from nbdserve.config.models import Config, ServerOptions
 from nbdserve.errors import ConfigError, ImageError, ProtocolError
 from nbdserve.server.addresses import Address, TcpAddress, UnixAddress
 from nbdserve.server.server import Server, ServerLimits
+from tests.admin.clients import RawClient
 
 
 @pytest.fixture
@@ -67,6 +68,19 @@ async def test_several_listeners_and_a_signal(tmp_path: Path, image: ImageSpec, 
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.wait_for(task, 5)
     assert not Path(sock.path).exists()
+
+
+async def test_an_admin_socket(tmp_path: Path, image: ImageSpec, sock: UnixAddress) -> None:
+    admin = UnixAddress(str(tmp_path / "admin"))
+    task, _ = await running(Plan([ExportPlan("a", image)], [sock], admin=[admin]))
+    client = await asyncio.to_thread(lambda: RawClient(admin.path).negotiate())
+    assert await asyncio.to_thread(client.execute, "quit") == {}
+    assert (await asyncio.to_thread(client.receive))["event"] == "SHUTDOWN"
+    client.close()
+    await asyncio.wait_for(task, 5)
+    assert not Path(admin.path).exists()
+    with pytest.raises(ConfigError, match="::1 only"):
+        await running(Plan([ExportPlan("a", image)], [sock], admin=[TcpAddress("*", 0)]))
 
 
 async def test_end_with_the_last_client(image: ImageSpec, sock: UnixAddress) -> None:

@@ -14,12 +14,14 @@ from nbdserve.cli.daemon import fork_until_ready
 from nbdserve.cli.usage import UsageError
 from nbdserve.config.load import load
 from nbdserve.config.models import Config, ExportOptions, ServerOptions, help_of
-from nbdserve.server.addresses import DEFAULT_PORT, Address, TcpAddress, parse_port, unix_address
+from nbdserve.server.addresses import DEFAULT_PORT, Address, TcpAddress, parse_address, parse_port, unix_address
 from nbdserve.server.listeners import inherited
 
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 _NAMED: Final = re.compile(r"([^/=:{}]+)=(.+)", re.DOTALL)
+
+_ADDRESS: Final = re.compile(r"unix:.*|[^/]*:\d+", re.DOTALL)
 
 _DEFAULT_HOST: Final = "127.0.0.1"
 
@@ -93,6 +95,16 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    admin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--admin",
+            metavar="SOCK",
+            help="Unix socket, or 127.0.0.1:PORT, where QMP clients (nbdserve admin, qmp-shell) drive the server.",
+            rich_help_panel="Server",
+            show_default=False,
+        ),
+    ] = None,
     image_root: Annotated[list[str] | None, _server_option("image_roots", "--image-root")] = None,
     fork: Annotated[
         bool, typer.Option("--fork", help="Return when clients can connect.", rich_help_panel="Server")
@@ -133,10 +145,11 @@ def serve(
     exports = exports_of(settings) + [
         _export(image, export_name if len(images or []) == 1 else None, image_options, shared) for image in images or []
     ]
-    if not exports:
-        raise UsageError("nothing to serve: give an IMAGE, or a configuration file that has [exports.NAME]")
+    admin_addresses = settings.admin.addresses() if admin is None else [_admin_address(text) for text in admin]
+    if not exports and not admin_addresses:
+        raise UsageError("nothing to serve: give an IMAGE, or a configuration file that has [exports.NAME], or --admin")
     server = _validated(ServerOptions, settings.server.model_dump() | server_options)
-    return start(plan_of(server, exports, listeners), fork=fork)
+    return start(plan_of(server, exports, listeners, admin_addresses), fork=fork)
 
 
 def start(plan: Plan, *, fork: bool = False) -> int:
@@ -163,6 +176,11 @@ def _listen(sockets: list[str], hosts: list[str], port: str | None) -> list[str]
         number = DEFAULT_PORT if port is None else parse_port(port)
         addresses += [TcpAddress(host.strip("[]"), number) for host in hosts or [_DEFAULT_HOST]]
     return [str(address) for address in addresses]
+
+
+def _admin_address(text: str) -> Address:
+    """A path is that of a unix socket; ``HOST:PORT`` and ``unix:PATH`` are addresses."""
+    return parse_address(text) if _ADDRESS.fullmatch(text) else unix_address(text)
 
 
 def _export(text: str, name: str | None, options: dict[str, Any], shared: int | None) -> ExportPlan:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from nbdserve.config.models import ExportOptions, ServerOptions
+from nbdserve.config.models import AdminOptions, ExportOptions, ServerOptions
 
 _HEAD = """\
 # nbdserve configuration: nbdserve serve -c nbdserve.toml
@@ -29,7 +29,11 @@ _EXPORTS_HEAD = """\
 
 def render() -> str:
     """The text of the file."""
-    tables = [f"{_HEAD}\n[server]\n{_options(ServerOptions)}", f"{_EXPORTS_HEAD}{_options(ExportOptions)}"]
+    tables = [
+        f"{_HEAD}\n[server]\n{_options(ServerOptions)}",
+        f"[admin]\n{_options(AdminOptions)}",
+        f"{_EXPORTS_HEAD}{_options(ExportOptions)}",
+    ]
     return "\n".join(tables)
 
 

@@ -177,10 +177,26 @@ class ExportOptions(_Options):
         return image_from_filename(self.path, flags)
 
 
+class AdminOptions(_Options):
+    """The admin socket."""
+
+    listen: list[ListenAddress] = Field(
+        default=[],
+        description="Addresses where QMP clients (nbdserve admin, qmp-shell) drive the server. Whoever connects may do "
+        "everything: a unix socket is for its owner only (mode 0600), and TCP must be 127.0.0.1 or [::1]. Empty: none.",
+        examples=[["unix:/run/nbdserve/admin.sock"]],
+    )
+
+    def addresses(self) -> list[Address]:
+        """``listen``, parsed."""
+        return [parse_address(text) for text in self.listen]
+
+
 class Config(_Options):
     """A whole configuration file."""
 
     server: ServerOptions = Field(default=ServerOptions())
+    admin: AdminOptions = Field(default=AdminOptions())
     exports: dict[str, ExportOptions] = Field(default={})
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.processes import NBDSERVE, SECONDS, needs, output, run, started, stop, until
+from tests.admin.clients import RawClient
+from tests.cli.processes import NBDSERVE, SECONDS, connectable, needs, output, run, started, stop, until
 
 SERVE = [*NBDSERVE, "serve"]
 needs_clients = needs("qemu-img", "qemu-io", "nbdinfo")
@@ -112,6 +113,18 @@ def test_image_root(tmp_path: Path) -> None:
     until(lambda: not (tmp_path / "s").exists(), "it ends with its only client")
 
 
+def test_admin(tmp_path: Path, disks: list[Path]) -> None:
+    socket_path = tmp_path / "admin"
+    with started(*SERVE, "--admin", socket_path, "--admin", "127.0.0.1:0", "-k", tmp_path / "s") as server:
+        until(lambda: connectable(socket_path), "it listens")
+        client = RawClient(str(socket_path)).negotiate()
+        assert client.execute("quit") == {}
+        client.close()
+        assert server.wait(30) == 0
+        assert "uid=" in server.communicate()[1]
+    assert not socket_path.exists()
+
+
 def test_mistakes(tmp_path: Path, disks: list[Path]) -> None:
     config = tmp_path / "nbdserve.toml"
     config.write_text("[exports.x]\npth = 'x'\n")
@@ -131,6 +144,7 @@ def test_mistakes(tmp_path: Path, disks: list[Path]) -> None:
             (["-c", tmp_path / "absent"], 1, "absent"),
             ([tmp_path / "absent.raw"], 1, "absent.raw"),
             (["-f", "nope", disks[0]], 1, "'nope'"),
+            (["--admin", "192.0.2.1:1"], 1, "::1 only"),
             (["-p", "x", disks[0]], 1, "port 'x'"),
             (["-p", str(port), disks[0]], 1, f"127.0.0.1:{port}: the port is in use"),
             (["-f", "raw", "-k", tmp_path / "s", disks[0], disks[0]], 1, "a.raw"),

@@ -3,7 +3,7 @@ import tomllib
 from pathlib import Path
 
 from nbdserve.config.document import render
-from nbdserve.config.models import Config, ExportOptions, ServerOptions
+from nbdserve.config.models import AdminOptions, Config, ExportOptions, ServerOptions
 
 SHIPPED = Path(__file__).parents[2] / "config" / "nbdserve.toml"
 
@@ -20,6 +20,8 @@ def test_every_option_is_there_at_its_default() -> None:
     config = tomllib.loads(re.sub(r"^#(?=\S)", "", render(), flags=re.MULTILINE))
     assert list(config["server"]) == list(ServerOptions.model_fields)
     assert Config.model_validate(config).server == ServerOptions()
+    assert list(config["admin"]) == list(AdminOptions.model_fields)
+    assert Config.model_validate(config).admin == AdminOptions()
     shown = config["exports"]["NAME"]
     assert list(shown) == list(ExportOptions.model_fields)
     for name, field in ExportOptions.model_fields.items():

@@ -5,9 +5,9 @@ import pytest
 from pydantic import ValidationError
 
 from nbdserve.block.spec import CACHE_MODES, DETECT_ZEROES_MODES, DISCARD_MODES, ImageSpec
-from nbdserve.config.models import Config, ExportOptions, ServerOptions, help_of
+from nbdserve.config.models import AdminOptions, Config, ExportOptions, ServerOptions, help_of
 from nbdserve.errors import ConfigError
-from nbdserve.server.addresses import TcpAddress
+from nbdserve.server.addresses import TcpAddress, UnixAddress
 from nbdserve.server.server import ServerLimits
 
 
@@ -20,7 +20,7 @@ def test_defaults_are_those_of_the_components() -> None:
 
 
 def test_every_option_has_help() -> None:
-    for model in (ServerOptions, ExportOptions):
+    for model in (ServerOptions, AdminOptions, ExportOptions):
         for name in model.model_fields:
             assert help_of(model, name).endswith((".", ". Required."))
 
@@ -82,6 +82,10 @@ def test_paths_are_taken_from_the_directory_of_the_file() -> None:
     }
     config = Config.model_validate(document, context={"directory": "/conf"})
     assert config.server.listen == ["unix:/conf/s", "unix:@a", "127.0.0.1:1"]
+    admin = Config.model_validate(
+        {"admin": {"listen": ["unix:a", "127.0.0.1:4"]}}, context={"directory": "/conf"}
+    ).admin
+    assert admin.addresses() == [UnixAddress("/conf/a"), TcpAddress("127.0.0.1", 4)]
     assert config.server.image_roots == ["/conf/r", "/abs"]
     assert config.server.pid_file == "/conf/p"
     assert [options.path for options in config.exports.values()] == ["/conf/a.raw", "/b.raw", "json:{}"]

@@ -1,0 +1,1 @@
+"""What the admin socket can do, a module for each group of commands."""

@@ -1,0 +1,10 @@
+from nbdserve.admin.commands.table import COMMANDS
+from tests.admin.clients import RawClient
+
+
+def test_queries(client: RawClient) -> None:
+    assert client.execute("query-version") == client.greeting["QMP"]["version"]
+    assert {each["name"] for each in client.execute("query-commands")} == set(COMMANDS)
+    assert {"name": "str", "meta-type": "builtin", "json-type": "string"} in client.execute("query-qmp-schema")
+    assert client.execute("query-command-line-options") == []
+    assert client.execute("query-command-line-options", option="drive") == "invalid option name: drive"
