@@ -98,23 +98,44 @@ async def open_alone(
     roots: ImageRoots | None = None,
     *,
     force_share: bool = False,
+    to_check: bool = False,
 ) -> FormatDriver:
     """One layer by itself, for looking at its metadata: the driver is read-only, also where ``storage`` is not.
 
-    No guest byte can be read: its backing file stays closed, so does what holds nothing but guest data, and no secret
-    is needed. A failed open closes ``storage``.
+    No guest byte can be read: its backing file stays closed, so does what holds nothing but guest data, unless it is
+    part of what is ``to_check``; and no secret is needed. A failed open closes ``storage``.
     """
     roots = roots or ImageRoots.of_image(storage.path)
     async with AsyncExitStack() as files:
         files.push_async_callback(storage.close)
         driver = driver_for(name, storage.path)
+        every_file = to_check and driver.checks_every_file
         options: dict[str, Any] = {"has_backing": True, "metadata_only": True}
         options["companions"] = await _open_companions(
-            driver, storage, roots, files, read_only=storage.read_only, force_share=force_share, metadata_only=True
+            driver,
+            storage,
+            roots,
+            files,
+            read_only=storage.read_only,
+            force_share=force_share,
+            metadata_only=not every_file,
         )
         layer = await driver.open(storage, options, read_only=True)
+        if every_file and layer.backing is not None:
+            _show_backing(layer, layer.backing.name, roots)
         files.pop_all()
     return layer
+
+
+def _show_backing(layer: FormatDriver, name: str, roots: ImageRoots) -> None:
+    try:
+        fd = _open_beneath(roots, name, layer.path, "backing file", {})
+    except ImageError as error:
+        layer.see_backing(None, str(error))
+        return
+    changed_at = os.fstat(fd).st_mtime
+    os.close(fd)
+    layer.see_backing(changed_at, "")
 
 
 async def _open_layers(spec: ImageSpec, roots: ImageRoots, layers: list[FormatDriver], files: AsyncExitStack) -> bool:
@@ -141,7 +162,12 @@ async def _open_layers(spec: ImageSpec, roots: ImageRoots, layers: list[FormatDr
             spec = spec.backing
             storage = await _open_storage(spec, roots, read_only=True)
         else:
-            spec, storage = await _open_named(layer, spec, roots, seen)
+            try:
+                spec, storage = await _open_named(layer, spec, roots, seen)
+            except ImageError:
+                if not layer.stands_alone:
+                    raise
+                return probed_raw
 
 
 async def _open_named(

@@ -141,6 +141,8 @@ class FormatDriver(ABC):
     keeps_companions: ClassVar[bool] = False
     """``create`` leaves what its companions hold, so they are not emptied for it."""
 
+    checks_every_file: ClassVar[bool] = False
+    """``check`` judges the companions with guest data too, and is told of the backing file (``see_backing``)."""
     needs_open_backing: ClassVar[bool] = False
     """An image holds the identity of its backing file, so it can be made only while that is open."""
 
@@ -162,6 +164,8 @@ class FormatDriver(ABC):
     """A host range of a DATA run never comes to hold other guest bytes while the image is open.
 
     True of raw, and of whatever is open read-only."""
+    stands_alone: bool = False
+    """Nothing of the backing file shows, and nothing ever will, so that the image is of use without it."""
     zeroes_fast: bool = False
     """Zeroing this image is a change of metadata, or is left to its storage; no zeroes are written."""
 
@@ -189,6 +193,12 @@ class FormatDriver(ABC):
         """Called once, with the layer below as it was opened.
 
         ImageError, naming field and value, when it is not the parent this image was made on.
+        """
+
+    def see_backing(self, changed_at: float | None, problem: str) -> None:
+        """Before a ``check``: when the backing file was last changed, seconds since 1970, or why it cannot be opened.
+
+        Called where ``checks_every_file``, and there is a backing file.
         """
 
     # --- making one ----------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ import pytest
 from nbdserve.block.graph import MAX_CHAIN_DEPTH, open_image
 from nbdserve.block.spec import ImageSpec
 from nbdserve.errors import ConfigError, ImageError, RequestError
+from nbdserve.extents import ZERO
 from nbdserve.formats.qcow2.driver import Qcow2Driver
+from nbdserve.formats.raw_cow.driver import RawCowDriver
 from nbdserve.formats.registry import DRIVERS
 from nbdserve.storage.file import FileStorage
 from nbdserve.storage.roots import ImageRoots
@@ -195,6 +197,27 @@ async def test_a_chain_may_be_64_layers_deep_and_no_deeper(tmp_path: Path) -> No
     assert len(node.layers) == 64
     assert await node.read(0, 512) == bytes(512)
     await node.close()
+
+
+@pytest.mark.parametrize("backing", ["gone.raw", "../outside.raw"])
+async def test_a_backing_file_of_which_nothing_shows_need_not_be_there(tmp_path: Path, backing: str) -> None:
+    (tmp_path / "sub").mkdir()
+    _raw(tmp_path / "outside.raw", b"o")
+    raw = await FileStorage.open(str(_raw(tmp_path / "sub" / "vm.img", b"r")), read_only=False)
+    top = tmp_path / "sub" / "top"
+    storage = await FileStorage.open(str(top), create=True)
+    options = {"backing_file": backing, "backing_fmt": "raw", "raw_file": "vm.img"}
+    await RawCowDriver.create(storage, SIZE, options, companions=[raw])
+    await raw.close()
+    await storage.close()
+    assert "backing file" in await _refused(tmp_path, _spec(top, "raw-cow"))
+    top.write_bytes(top.read_bytes()[:4096] + b"\x0f".ljust(512, b"\0"))
+    node = await open_image(_spec(top, "raw-cow"))
+    assert await node.read(0, SIZE) == b"r" * SIZE
+    await node.top.resize(2 * SIZE)
+    assert node.top.lookup(SIZE, SIZE) == (ZERO, SIZE, -1)
+    await node.close()
+    assert _open_files(tmp_path) == set()
 
 
 async def test_a_damaged_backing_file_leaves_the_top_as_it_was(tmp_path: Path) -> None:

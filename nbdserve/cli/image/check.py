@@ -66,7 +66,9 @@ async def _check(
     quiet: bool,
     force_share: bool,
 ) -> int:
-    driver = await open_layer(file, format_name, roots, writable=repair is not None, force_share=force_share)
+    driver = await open_layer(
+        file, format_name, roots, writable=repair is not None, force_share=force_share, to_check=True
+    )
     try:
         if not driver.can("check"):
             print("nbdserve: This image format does not support checks", file=sys.stderr)

@@ -68,17 +68,24 @@ async def open_layer(
     *,
     writable: bool = False,
     force_share: bool = False,
+    to_check: bool = False,
 ) -> FormatDriver:
     """One image by itself: neither its backing file nor what holds guest data alone is opened.
 
-    The driver is read-only in any case; ``writable`` opens the files for a repair. ``close`` it.
+    The driver is read-only in any case; ``writable`` opens the files for a repair; what is ``to_check`` may be more
+    files than the rest of the metadata needs. ``close`` it.
     """
     storage = await FileStorage.open(path, read_only=not writable, force_share=force_share)
-    return await open_layer_on(storage, format_name, roots, force_share=force_share)
+    return await open_layer_on(storage, format_name, roots, force_share=force_share, to_check=to_check)
 
 
 async def open_layer_on(
-    storage: Storage, format_name: str | None, roots: ImageRoots | None = None, *, force_share: bool = False
+    storage: Storage,
+    format_name: str | None,
+    roots: ImageRoots | None = None,
+    *,
+    force_share: bool = False,
+    to_check: bool = False,
 ) -> FormatDriver:
     """``open_layer`` on an open file, which is closed when this fails."""
     try:
@@ -86,7 +93,7 @@ async def open_layer_on(
     except BaseException:
         await storage.close()
         raise
-    return await open_alone(storage, name, roots, force_share=force_share)
+    return await open_alone(storage, name, roots, force_share=force_share, to_check=to_check)
 
 
 def full_name(image: str, named: str) -> str:

@@ -141,7 +141,7 @@ async def _create(
     if backing is None and "backing_fmt" in options:
         raise ConfigError(f"{file}: Backing format cannot be used without backing file (-b)")
     if backing is not None:
-        _refuse_same(file, full_name(file, backing), "backing file")
+        _refuse_same(file, full_name(file, backing), "image and its backing file")
         if unchecked and driver.needs_open_backing:
             raise ConfigError(f"{file}: -u: a {driver.name} image holds the identity of its backing file ({backing})")
     if backing is None or unchecked:
@@ -173,9 +173,9 @@ async def _make(
     for name in driver.created_companions(file, size, options):
         path = full_name(file, name)
         for other in paths:
-            _refuse_same(other, path, "data file")
+            _refuse_same(other, path, "image and its data file")
         if options.get("backing_file"):
-            _refuse_same(full_name(file, options["backing_file"]), path, "data file of the image above")
+            _refuse_same(full_name(file, options["backing_file"]), path, "backing file and the data file")
         paths.append(path)
     if not quiet:
         shown = " ".join(f"{name}={value}" for name, value in options.items())
@@ -197,7 +197,7 @@ def _size(file: str, wanted: str | None, backing_size: int | None) -> int:
 def _refuse_same(file: str, other: str, what: str) -> None:
     both_exist = Path(file).exists() and Path(other).exists()
     if os.path.realpath(file) == os.path.realpath(other) or (both_exist and Path(file).samefile(other)):
-        raise ConfigError(f"{file}: the image and its {what} are the same file")
+        raise ConfigError(f"{file}: the {what} are the same file")
 
 
 async def _write(

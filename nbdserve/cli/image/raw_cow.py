@@ -85,13 +85,34 @@ async def _import(file: str, target: str, image_root: list[Path] | None, *, quie
 
         async def make(made: Storage) -> None:
             nonlocal zeroed
-            zeroed = await import_from_qcow2(source, raw, made, raw_file=raw_file, backing_file=backing)
+            zeroed = await import_from_qcow2(
+                source,
+                raw,
+                made,
+                raw_file=raw_file,
+                backing_file=backing,
+                backing_changed_at=_changed_at(source, file, image_root),
+            )
 
         await _make(target, make)
     if not quiet:
         print(f"'{target}' is a raw-cow image of the same disk; its raw file is '{raw_file}'")
         if zeroed:
             print(f"{zeroed} bytes of the raw file became zeroes, as the qcow2 image says they are")
+
+
+def _changed_at(source: Qcow2Driver, file: str, image_root: list[Path] | None) -> float:
+    """When the backing file was last changed; 0 where there is none, or it cannot be opened."""
+    if source.backing is None:
+        return 0
+    try:
+        fd = roots_for(file, image_root).open_beneath(source.backing.name, relative_to=file, flags=os.O_RDONLY)
+    except ImageError:
+        return 0
+    try:
+        return os.fstat(fd).st_mtime
+    finally:
+        os.close(fd)
 
 
 @asynccontextmanager

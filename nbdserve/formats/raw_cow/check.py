@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
 import numpy as np
 
 from nbdserve.errors import ImageError
 from nbdserve.formats.base import CheckResult
 from nbdserve.formats.raw_cow.bitmap import Bitmap
 from nbdserve.formats.raw_cow.header import HeaderSector
-from nbdserve.formats.raw_cow.layout import Header
+from nbdserve.formats.raw_cow.layout import Header, stored_time
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, div_ceil
+
+
+@dataclass(frozen=True, slots=True)
+class BackingSeen:
+    """What is known of the backing file."""
+
+    changed_at: float | None = None
+    """Seconds since 1970."""
+    problem: str = ""
+    """Why it cannot be opened."""
 
 
 async def check_raw_cow(
@@ -19,6 +32,7 @@ async def check_raw_cow(
     header: Header,
     sector: HeaderSector,
     bitmap: Bitmap,
+    backing: BackingSeen,
     *,
     repair_leaks: bool = False,
     repair_errors: bool = False,
@@ -29,6 +43,9 @@ async def check_raw_cow(
     Errors are a wrong checksum of the header, which the repair makes right, taking the header's word for the rest; and
     clusters that the raw file should have and does not, because the file was cut off: the repair makes the file as long
     as the disk, which is what the guest sees of it already. ImageError when a repair is asked for on read-only files.
+
+    The backing file matters as long as some cluster is its: one that cannot be opened is an error of the check itself,
+    one that was changed since the image was made is told, and no more, for a copy of the same bytes is younger too.
     """
     if (repair_leaks or repair_errors) and storage.read_only:
         raise ImageError(storage.path, "open read-only, so it cannot be repaired")
@@ -48,7 +65,24 @@ async def check_raw_cow(
     await _check_end(storage, header, result, repair=repair_leaks)
     if raw is not None:
         await _check_raw_file(raw, header, bitmap, result, repair=repair_errors)
+    if bitmap.missing:
+        _check_backing(backing, header, result)
     return result
+
+
+def _check_backing(backing: BackingSeen, header: Header, result: CheckResult) -> None:
+    if backing.problem:
+        result.check_errors += 1
+        result.messages.append(f"ERROR {backing.problem}")
+    elif backing.changed_at is not None and header.mtime not in (0, stored_time(backing.changed_at)):
+        then, now = (
+            datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            for seconds in (header.mtime, backing.changed_at)
+        )
+        result.messages.append(
+            f"WARNING the backing file {header.backing_file!r} was changed at {now}, and when this image was made it "
+            f"was of {then}: what is not in the raw file may have changed too"
+        )
 
 
 async def _check_bits(storage: Storage, bitmap: Bitmap, result: CheckResult, *, repair: bool) -> None:
@@ -79,6 +113,9 @@ async def _check_end(storage: Storage, header: Header, result: CheckResult, *, r
 
 
 async def _check_raw_file(raw: Storage, header: Header, bitmap: Bitmap, result: CheckResult, *, repair: bool) -> None:
+    if raw.size > header.size:
+        extra = raw.size - header.size
+        result.messages.append(f"the raw file has {extra} bytes behind the end of the disk: they are no part of it")
     if raw.size >= header.size:
         return
     first = raw.size // header.cluster_size

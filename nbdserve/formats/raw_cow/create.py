@@ -15,6 +15,7 @@ from nbdserve.formats.raw_cow.layout import (
     MAX_CLUSTER_SIZE,
     MIN_CLUSTER_SIZE,
     Header,
+    stored_time,
 )
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up, is_power_of_two, parse_size
@@ -89,10 +90,9 @@ def mtime_of(backing: FormatDriver | None) -> int:
     if backing is None:
         return 0
     try:
-        seconds = int(Path(backing.storage.path).stat().st_mtime)
+        return stored_time(Path(backing.storage.path).stat().st_mtime)
     except OSError:
         return 0
-    return (seconds + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 async def write_image(storage: Storage, raw: Storage | None, header: Header, bitmap: bytes) -> None:

@@ -26,7 +26,7 @@ from nbdserve.formats.base import (
 from nbdserve.formats.ordered_commit import Batch, OrderedCommit, Piece
 from nbdserve.formats.raw_cow import layout
 from nbdserve.formats.raw_cow.bitmap import Bitmap
-from nbdserve.formats.raw_cow.check import check_raw_cow
+from nbdserve.formats.raw_cow.check import BackingSeen, check_raw_cow
 from nbdserve.formats.raw_cow.create import CREATE_OPTIONS, create_raw_cow, plan_header
 from nbdserve.formats.raw_cow.header import HeaderSector, read_header
 from nbdserve.formats.raw_cow.layout import Header
@@ -45,6 +45,7 @@ class RawCowDriver(FormatDriver):
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
     backing_formats: ClassVar[tuple[str, ...] | None] = None
     keeps_companions: ClassVar[bool] = True
+    checks_every_file: ClassVar[bool] = True
     takes_data_file: ClassVar[bool] = True
 
     def __init__(
@@ -60,6 +61,8 @@ class RawCowDriver(FormatDriver):
         self.keeps_places = True
         if header.backing_file is not None:
             self.backing = BackingReference(header.backing_file, header.backing_format)
+        self.stands_alone = not bitmap.missing
+        self._backing_seen = BackingSeen()
         self._stored = bitmap.bits
         self._bits = header.cluster_size.bit_length() - 1
         self._virgin = data.size
@@ -80,11 +83,10 @@ class RawCowDriver(FormatDriver):
     async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
         """Open the image; a raw file shorter than the disk grows to its size when the image is opened for writing.
 
-        A look at the metadata alone, without the raw file, is possible with a damaged header, so that ``check`` can
-        repair its checksum.
+        A look at the metadata alone is possible with a damaged header, so that ``check`` can repair its checksum.
         """
         companions: Sequence[Storage] = options.get("companions", ())
-        metadata_only = read_only and list(companions) == [storage]
+        metadata_only = read_only and bool(options.get("metadata_only", False))
         header, stored = await read_header(storage, any_checksum=metadata_only)
         if len(companions) != 1:
             raise ImageError(storage.path, "the raw file is not given", field="raw_file", value=header.raw_file)
@@ -237,7 +239,10 @@ class RawCowDriver(FormatDriver):
         self.size, self._limit = size, self.header.backing_limit
 
     async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
-        """Compare the bitmap with the file and, where the raw file is open, with its size."""
+        """Compare the bitmap with the file and, where the raw file is open, with its size.
+
+        Where ``see_backing`` was called, the backing file is compared with what the image remembers of it.
+        """
         if not self.read_only:
             await self._commit.settle()
         return await check_raw_cow(
@@ -246,9 +251,14 @@ class RawCowDriver(FormatDriver):
             self.header,
             self._header_sector,
             self.bitmap,
+            self._backing_seen,
             repair_leaks=repair_leaks,
             repair_errors=repair_errors,
         )
+
+    def see_backing(self, changed_at: float | None, problem: str) -> None:
+        """To be compared by ``check``."""
+        self._backing_seen = BackingSeen(changed_at, problem)
 
     async def close(self) -> None:
         """Write the bits, and close both files whether that succeeded or not."""

@@ -6,6 +6,8 @@ that only metadata is made. From then on one of the two may be written to: the o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from nbdserve.errors import ConfigError, ImageError, UnsupportedImageError
@@ -15,6 +17,7 @@ from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.formats.raw_cow.bitmap import Bitmap
 from nbdserve.formats.raw_cow.create import plan_header, write_image
 from nbdserve.formats.raw_cow.driver import RawCowDriver
+from nbdserve.formats.raw_cow.layout import stored_time
 from nbdserve.storage.base import Storage
 from nbdserve.storage.memory import MemoryStorage
 
@@ -77,13 +80,20 @@ async def _zero(image: Qcow2Driver, start: int, end: int) -> None:
 
 
 async def import_from_qcow2(
-    source: Qcow2Driver, raw: Storage, target: Storage, *, raw_file: str, backing_file: str | None
+    source: Qcow2Driver,
+    raw: Storage,
+    target: Storage,
+    *,
+    raw_file: str,
+    backing_file: str | None,
+    backing_changed_at: float = 0,
 ) -> int:
     """Make ``target`` a raw-cow image of the same disk over ``raw``, the qcow2 image's data file, open for writing.
 
     Ranges that the qcow2 image says are zeroes, over a backing file, become zeroes in the raw file, where they are not
-    visible through the qcow2 image; the bytes of these are returned. What ``target`` held is lost. ImageError naming
-    what a raw-cow image cannot express, before anything is changed.
+    visible through the qcow2 image; the bytes of these are returned. What ``target`` held is lost.
+    ``backing_changed_at``: seconds since 1970, 0 if it is not known. ImageError naming what a raw-cow image cannot
+    express, before anything is changed.
     """
     backing = source.backing if backing_file is not None else None
     _refuse(source)
@@ -94,7 +104,7 @@ async def import_from_qcow2(
                 source.path, "the header declares no format for it", field="backing file", value=backing.name
             )
         options |= {"backing_file": backing_file, "backing_fmt": backing.format}
-    header = plan_header(source.size, options)
+    header = replace(plan_header(source.size, options), mtime=stored_time(backing_changed_at))
     bitmap = Bitmap(header.bitmap_offset, header.clusters, bytearray())
     zeroes: list[tuple[int, int]] = []
     async for runs in source.iter_runs(0, source.size):

@@ -196,6 +196,11 @@ class Header:
         return with_checksum(bytes(data).ljust(HEADER_SIZE, b"\0"))
 
 
+def stored_time(seconds: float) -> int:
+    """A time in seconds since 1970 as the 32 bits of ``mtime`` have it."""
+    return (int(seconds) + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
 def header_checksum(data: bytes) -> int:
     """The CRC-32C a header of HEADER_SIZE bytes should have."""
     return crc32c(data[:CHECKSUM_AT] + bytes(4) + data[CHECKSUM_AT + 4 : HEADER_SIZE])

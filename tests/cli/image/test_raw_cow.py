@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -125,3 +126,45 @@ def test_relative_names(tmp_path: Path) -> None:
     assert renamed("x", f"{tmp_path}/a/one", f"{tmp_path}/two") == "a/x"
     assert renamed("d/x", f"{tmp_path}/one", f"{tmp_path}/a/two") == "../d/x"
     assert renamed("/x", f"{tmp_path}/one", f"{tmp_path}/a/two") == "/x"
+
+
+def test_check_looks_at_every_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def checked(*options: str) -> tuple[int, str]:
+        ran = image(monkeypatch, "check", *options, "my_vm.raw-cow")
+        return ran.code, ran.err
+
+    assert checked() == (0, "")
+    os.utime("ubuntu.img", (1 << 30, 1 << 30))
+    code, said = checked()
+    assert (code, "changed at 2004-01-10 13:37:04 UTC" in said) == (0, True)
+    Path("ubuntu.img").rename("gone")
+    code, said = checked()
+    assert (code, "backing file = 'ubuntu.img': cannot be opened" in said) == (1, True)
+    Path("gone").rename("ubuntu.img")
+    Path("my_vm.img").rename("gone")
+    code, said = checked()
+    assert (code, "raw file = 'my_vm.img': cannot be opened" in said) == (1, True)
+    Path("gone").rename("my_vm.img")
+    with Path("my_vm.raw-cow").open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff")
+    os.truncate("my_vm.img", 65536)
+    code, said = checked()
+    assert (code, "7 clusters that should be in it are cut off" in said) == (2, True)
+    assert checked("-r", "all")[0] == 0
+    assert Path("my_vm.img").stat().st_size == 5 << 20
+
+
+def test_an_imported_image_remembers_its_backing_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good(image(monkeypatch, "raw-cow", "export", "my_vm.raw-cow", "my_vm.qcow2"))
+    good(image(monkeypatch, "raw-cow", "import", "my_vm.qcow2", "again.raw-cow"))
+    assert good(image(monkeypatch, "check", "again.raw-cow")).err == ""
+    os.utime("ubuntu.img", (1 << 30, 1 << 30))
+    assert "WARNING the backing file 'ubuntu.img' was changed" in image(monkeypatch, "check", "again.raw-cow").err
+
+
+def test_a_raw_file_that_is_the_backing_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "backing_file=ubuntu.img,backing_fmt=qcow2,raw_file=./ubuntu.img"
+    ran = image(monkeypatch, "create", "-f", "raw-cow", "-o", options, "new.raw-cow")
+    assert (ran.code, ran.err) == (1, "nbdserve: ubuntu.img: the backing file and the data file are the same file\n")
+    assert not Path("new.raw-cow").exists()

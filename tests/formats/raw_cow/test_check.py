@@ -3,7 +3,10 @@ from __future__ import annotations
 import pytest
 
 from nbdserve.errors import ImageError
+from nbdserve.formats.base import CheckResult
+from nbdserve.formats.raw_cow.check import BackingSeen
 from nbdserve.formats.raw_cow.driver import RawCowDriver
+from nbdserve.formats.raw_cow.header import HeaderSector, read_header
 from nbdserve.units import MIB
 from tests.formats.raw_cow.engine import Files
 
@@ -55,6 +58,53 @@ async def test_a_raw_file_that_was_cut_off(raw_size: int, lost: int) -> None:
         assert files.raw.size == MIB
 
 
+async def test_a_raw_file_that_is_longer_than_the_disk_is_told() -> None:
+    files = await broken(raw_size=MIB + 5)
+    result = await (await files.driver(read_only=True)).check()
+    assert (result.corruptions, result.leaks) == (0, 0)
+    assert result.messages == ["the raw file has 5 bytes behind the end of the disk: they are no part of it"]
+
+
+async def check_with(backing: BackingSeen, *, mtime: int, bits: bytes = b"\xff\x03") -> CheckResult:
+    files = Files(b"content")
+    await files.create(MIB)
+    await files.image.write(4096, bits)
+    _, stored = await read_header(files.image)
+    await HeaderSector(files.image, stored).patch(mtime=mtime)
+    driver = await files.driver(read_only=True)
+    if backing != BackingSeen():
+        driver.see_backing(backing.changed_at, backing.problem)
+    return await driver.check()
+
+
+@pytest.mark.parametrize(
+    ("backing", "mtime", "message"),
+    [
+        (BackingSeen(), 1000, ""),
+        (BackingSeen(1000.9), 1000, ""),
+        (BackingSeen((1 << 32) + 1000.0), 1000, ""),
+        (BackingSeen(2000.0), 0, ""),
+        (
+            BackingSeen(2000.0),
+            1000,
+            "WARNING the backing file 'base' was changed at 1970-01-01 00:33:20 UTC, and when this image was made it "
+            "was of 1970-01-01 00:16:40 UTC: what is not in the raw file may have changed too",
+        ),
+        (BackingSeen(problem="it is gone"), 1000, "ERROR it is gone"),
+    ],
+)
+async def test_the_backing_file_is_what_it_was(backing: BackingSeen, mtime: int, message: str) -> None:
+    result = await check_with(backing, mtime=mtime)
+    assert result.messages == [message] * bool(message)
+    assert (result.corruptions, result.check_errors) == (0, bool(backing.problem))
+
+
+@pytest.mark.parametrize("backing", [BackingSeen(2000.0), BackingSeen(problem="it is gone")])
+async def test_a_backing_file_that_does_not_show_does_not_matter(backing: BackingSeen) -> None:
+    result = await check_with(backing, mtime=1000, bits=b"\xff\xff")
+    assert (result.messages, result.check_errors) == ([], 0)
+
+
 async def test_a_raw_file_that_is_not_open_is_not_judged() -> None:
     files = await broken(raw_size=0)
     driver = await RawCowDriver.open(files.image, {"companions": [files.image]}, read_only=True)
@@ -79,7 +129,7 @@ async def test_a_wrong_checksum_of_the_header() -> None:
             await files.driver(read_only=read_only)
     companions = await RawCowDriver.companions(files.image)
     assert companions[0].name == "vm.img"
-    alone = {"companions": [files.image]}
+    alone = {"companions": [files.image], "metadata_only": True}
     with pytest.raises(ImageError, match="header_crc32c"):
         await RawCowDriver.open(files.image, alone, read_only=False)
     driver = await RawCowDriver.open(files.image, alone, read_only=True)

@@ -5,7 +5,7 @@ import struct
 import pytest
 
 from nbdserve.errors import CorruptImageError, ImageError, UnsupportedImageError
-from nbdserve.formats.raw_cow.layout import HEADER_SIZE, Header, header_checksum, with_checksum
+from nbdserve.formats.raw_cow.layout import HEADER_SIZE, Header, header_checksum, stored_time, with_checksum
 from nbdserve.units import GIB, KIB, MIB
 
 HEADER = Header(
@@ -134,3 +134,8 @@ def test_a_name_that_does_not_fit(header: Header) -> None:
     with pytest.raises(ValueError, match=r"raw_file|backing_file|backing_fmt"):
         header.build()
     Header(size=512, raw_file="r" * 1023).build()
+
+
+def test_times_after_2038_are_stored_in_32_bits() -> None:
+    times = (0.5, (1 << 31) - 1, 1 << 31, 1 << 32)
+    assert [stored_time(seconds) for seconds in times] == [0, (1 << 31) - 1, -(1 << 31), 0]
