@@ -160,6 +160,8 @@ class FormatDriver(ABC):
     data: Storage
     """What ``host_offset`` of DATA runs counts in; ``storage`` itself, or an external data file."""
     backing: BackingReference | None = None
+    origin: object = None
+    """How the block layer opened the image, for it to open it again."""
     keeps_places: bool = False
     """A host range of a DATA run never comes to hold other guest bytes while the image is open.
 
@@ -333,6 +335,16 @@ class FormatDriver(ABC):
 
         ``mode`` is one of ``preallocation_modes``: ``metadata`` maps it, ``falloc`` reserves disk space for it as well,
         ``full`` writes zeroes to it. OSError(ENOSPC) leaves a part of it done.
+        """
+        raise NotImplementedError
+
+    async def set_backing(self, reference: BackingReference | None, backing: FormatDriver | None = None) -> None:
+        """Name another backing file in the header, or none, whatever that makes of the guest's content.
+
+        Everything written before is stable first; the new name is on return, and a crash leaves the old one or the new
+        one where the format has a place for both (each driver says so). ``backing`` is the open image of that name,
+        where the format keeps its identity (``needs_open_backing``). ConfigError, with nothing changed, when the
+        header cannot say it: no room, or a format it has no word for.
         """
         raise NotImplementedError
 

@@ -6,12 +6,14 @@ The header has no word for the format of the backing file, so ``backing.format``
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Final, Self, cast
 
 import numpy as np
 
-from nbdserve.formats.base import BackingReference, CheckResult, CreateOption, ImageInfo
+from nbdserve.errors import ConfigError
+from nbdserve.formats.base import BackingReference, CheckResult, CreateOption, FormatDriver, ImageInfo
 from nbdserve.formats.inflate import inflate
 from nbdserve.formats.qcow import layout
 from nbdserve.formats.qcow.check import check_qcow
@@ -22,7 +24,7 @@ from nbdserve.formats.two_level.driver import TwoLevelDriver
 from nbdserve.formats.two_level.entries import BAD_ENTRY, FLAG
 from nbdserve.formats.unit_cache import UnitCache
 from nbdserve.storage.base import Storage
-from nbdserve.units import align_down
+from nbdserve.units import SECTOR_SIZE, align_down, align_up, div_ceil
 
 INFLATE_WINDOW: Final = -12
 """Raw deflate data with a window of at most 4 KiB."""
@@ -82,6 +84,40 @@ class QcowDriver(TwoLevelDriver):
     async def create(cls, storage: Storage, size: int, options: Mapping[str, str], **resources: Any) -> None:
         """Make ``storage`` an empty image of ``size`` bytes."""
         await create_qcow(storage, size, options)
+
+    async def set_backing(self, reference: BackingReference | None, backing: FormatDriver | None = None) -> None:
+        """Name another backing file; its format cannot be said.
+
+        The first sector decides. A name that does not fit between its fields and the L1 table is stable first, in space
+        of its own: after a crash that is a leak.
+        """
+        await self.flush()
+        name = b"" if reference is None else reference.name.encode("utf-8", "surrogateescape")
+        if len(name) > layout.MAX_BACKING_NAME:
+            raise ConfigError(
+                f"{self.path}: a backing file name of {len(name)} bytes is longer than {layout.MAX_BACKING_NAME}"
+            )
+        start = layout.HEADER_LENGTH if name else 0
+        if start + len(name) <= min(SECTOR_SIZE, self.header.l1_table_offset):
+            # One write inside one sector: a disk does not tear it.
+            fields = bytearray(await self.storage.read(0, layout.HEADER_LENGTH)) + name
+        else:
+            start, _ = self._space.take_whole(div_ceil(len(name), self.cluster_size))
+            await self.storage.write_stable([(start, name.ljust(align_up(len(name), self.cluster_size), b"\0"))])
+            fields = bytearray(await self.storage.read(0, layout.HEADER_LENGTH))
+        at = layout.BACKING_FIELDS_AT
+        fields[at : at + 12] = start.to_bytes(8, "big") + len(name).to_bytes(4, "big")
+        await self.storage.write_stable([(0, fields)])
+        self.header = replace(
+            self.header,
+            backing_offset=start,
+            backing_length=len(name),
+            backing_name=name.decode("utf-8", "surrogateescape") or None,
+        )
+        self.geometry = self.header.geometry
+        self.backing = None if reference is None else BackingReference(reference.name, None)
+        self.has_backing = reference is not None
+        self.zeroes_fast = not self.has_backing
 
     # --- facts -------------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ HEADER: Final[Any] = c.Struct(
     "l1_table_offset" / c.Int64ub,
 )
 HEADER_LENGTH: Final = 48
+BACKING_FIELDS_AT: Final = 8
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -42,8 +42,13 @@ class HeaderSector:
 
     async def patch(self, at: int, value: bytes) -> None:
         """Replace the bytes at ``at``, durably."""
+        await self.patch_all([(at, value)])
+
+    async def patch_all(self, pieces: Sequence[tuple[int, bytes]]) -> None:
+        """Replace the bytes of each ``(at, value)``, together and durably."""
         async with self._lock:  # two patches in flight could reach the disk in the wrong order
-            self._sector[at : at + len(value)] = value
+            for at, value in pieces:
+                self._sector[at : at + len(value)] = value
             await self._storage.write(0, bytes(self._sector))
             await self._storage.flush()
 

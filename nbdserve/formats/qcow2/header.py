@@ -283,14 +283,23 @@ class Header:
                 return f"bit {bit} ({name})"
         return f"bit {bit}"
 
-    def build(self) -> bytes:
-        """The header, its extensions and the backing file name. ValueError if they do not fit into one cluster."""
-        extensions = b"".join(
+    @property
+    def extensions_at(self) -> int:
+        """Where the header extensions begin."""
+        return self.header_length if self.version == 3 else layout.HEADER_V2_LENGTH
+
+    def build_extensions(self) -> bytes:
+        """The header extensions and the end of them."""
+        return b"".join(
             layout.EXTENSION_HEAD.build({"type": kind, "length": len(data)}) + data + bytes(-len(data) % 8)
             for kind, data in self.extensions
         ) + bytes(layout.EXTENSION_HEAD.sizeof())
+
+    def build(self) -> bytes:
+        """The header, its extensions and the backing file name. ValueError if they do not fit into one cluster."""
+        extensions = self.build_extensions()
         name = (self.backing_name or "").encode("utf-8", "surrogateescape")
-        length = self.header_length if self.version == 3 else layout.HEADER_V2_LENGTH
+        length = self.extensions_at
         fields = layout.HEADER_V2.build(
             {
                 "magic": layout.MAGIC,

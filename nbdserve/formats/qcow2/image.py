@@ -21,6 +21,7 @@ from nbdserve.formats.base import (
 from nbdserve.formats.luks.layout import Header as LuksHeader
 from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.allocator import Allocator
+from nbdserve.formats.qcow2.backing import set_backing
 from nbdserve.formats.qcow2.commit import Committer, HeaderSector
 from nbdserve.formats.qcow2.compressed import CompressedClusters
 from nbdserve.formats.qcow2.create import CREATE_OPTIONS, create_qcow2, parse_encryption, plan_image, virtual_size
@@ -437,6 +438,11 @@ class Qcow2Image(FormatDriver):
         """Commit everything published so far; see ``commit``."""
         if not self.read_only or self._broken:
             await self.committer.commit()
+
+    async def set_backing(self, reference: BackingReference | None, backing: FormatDriver | None = None) -> None:
+        """Name another backing file in the header."""
+        await self.flush()
+        await set_backing(self, reference)
 
     def _corruption(self, problem: str) -> NoReturn:
         """The image contradicts itself in a way that writing would make worse: mark it corrupt, write no more."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from nbdserve.errors import ConfigError, CorruptImageError, ImageError
 from nbdserve.extents import DATA, UNALLOCATED
-from nbdserve.formats.base import BackingReference, CheckResult, CreateOption, ImageInfo
+from nbdserve.formats.base import BackingReference, CheckResult, CreateOption, FormatDriver, ImageInfo
 from nbdserve.formats.qed import layout
 from nbdserve.formats.qed.check import Analysis, analyse, check_qed
 from nbdserve.formats.qed.create import CREATE_OPTIONS, create_qed, parse_options, plan_header
@@ -24,7 +24,7 @@ from nbdserve.formats.tables import Table, Words
 from nbdserve.formats.two_level.driver import TwoLevelDriver
 from nbdserve.formats.two_level.entries import BAD_ENTRY, ZERO_ENTRY, are_data, count_before
 from nbdserve.storage.base import Storage
-from nbdserve.units import MIB, SECTOR_SIZE
+from nbdserve.units import MIB, SECTOR_SIZE, align_up
 
 MAX_MOVED_AT_CLOSE: Final = 64 * MIB
 """What closing the gaps of a writer that did not close the image may copy."""
@@ -121,6 +121,40 @@ class QedDriver(TwoLevelDriver):
         """Change 8 bytes of the first sector, which a disk does not tear. Stable on return."""
         self._sector[at : at + 8] = value.to_bytes(8, "little")
         await self.storage.write_stable([(0, bytes(self._sector))])
+
+    async def set_backing(self, reference: BackingReference | None, backing: FormatDriver | None = None) -> None:
+        """Name another backing file; the header can say of its format that it is raw, or that it is not.
+
+        The first sector decides. A name that does not fit in it is stable first, where no name is.
+        """
+        await self.flush()
+        name = b"" if reference is None else reference.name.encode("utf-8", "surrogateescape")
+        room = self.header.header_size * self.cluster_size
+        start = layout.HEADER_LENGTH
+        if start + len(name) > SECTOR_SIZE:
+            old = layout.backing_name_range(self._sector, self.header, self.path) or (0, 0)
+            start = SECTOR_SIZE
+            if start < sum(old) and old[0] < start + len(name):
+                start = align_up(sum(old), 8)
+        if len(name) > layout.MAX_BACKING_NAME or start + len(name) > room:
+            raise ConfigError(f"{self.path}: a backing file name of {len(name)} bytes does not fit into the header")
+        flags = layout.FEATURE_BACKING | layout.FEATURE_RAW_BACKING
+        features = self.header.features & ~flags
+        if reference is not None:
+            features |= flags if reference.format == "raw" else layout.FEATURE_BACKING
+        if start >= SECTOR_SIZE:
+            await self.storage.write_stable([(start, name)])
+        else:
+            self._sector[start : start + len(name)] = name
+        place = (start if name else 0).to_bytes(4, "little") + len(name).to_bytes(4, "little")
+        self._sector[layout.BACKING_NAME_AT : layout.BACKING_NAME_AT + 8] = place
+        stored = int.from_bytes(self._sector[layout.FEATURES_AT : layout.FEATURES_AT + 8], "little")
+        await self._patch(layout.FEATURES_AT, stored & ~flags | features)
+        self.header = replace(
+            self.header, features=features, backing_name=name.decode("utf-8", "surrogateescape") or None
+        )
+        self.backing = None if reference is None else BackingReference(reference.name, self.header.backing_format)
+        self.has_backing = reference is not None
 
     # --- making one --------------------------------------------------------------------------------------------------
 

@@ -42,6 +42,7 @@ HEADER_LENGTH: Final = 64
 FEATURES_AT: Final = 16
 AUTOCLEAR_AT: Final = 32
 IMAGE_SIZE_AT: Final = 48
+BACKING_NAME_AT: Final = 56
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,12 @@ Beyond its end the raw file reads as zeroes; what it has past the end of the dis
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from nbdserve.errors import ImageError
+from nbdserve.errors import ConfigError, ImageError
 from nbdserve.extents import DATA, UNALLOCATED, ZERO, Run, RunArray, RunStream
 from nbdserve.formats.base import (
     Allocation,
@@ -237,6 +238,22 @@ class RawCowDriver(FormatDriver):
         await self._commit.settle()
         self.header = await resize_raw_cow(self.storage, self.data, self._header_sector, self.header, self.bitmap, size)
         self.size, self._limit = size, self.header.backing_limit
+
+    async def set_backing(self, reference: BackingReference | None, backing: FormatDriver | None = None) -> None:
+        """Name another backing file.
+
+        Its name fills more than a sector: a crash may leave a header with parts of both and a checksum that is wrong.
+        Nothing opens that; ``image check -r all`` takes it as it is, ``image rebase -u`` then says what is right.
+        """
+        await self._commit.settle()
+        name, format_name = (None, None) if reference is None else (reference.name or None, reference.format)
+        header = replace(self.header, backing_file=name, backing_format=format_name, mtime=0)
+        try:
+            header.build()
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: {error}") from None
+        await self._header_sector.replace(header)
+        self.header, self.backing = header, reference
 
     async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
         """Compare the bitmap with the file and, where the raw file is open, with its size.

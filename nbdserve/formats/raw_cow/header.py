@@ -38,3 +38,10 @@ class HeaderSector:
             assert changed[end:] == self._header[end:]
             await self._storage.write_stable([(CHANGING_AT, changed[CHANGING_AT:end])])
             self._header = changed
+
+    async def replace(self, header: Header) -> None:
+        """Write all of ``header``, durably. A crash meanwhile may leave a checksum that is wrong."""
+        async with self._lock:
+            changed = header.build()
+            await self._storage.write_stable([(0, changed)])
+            self._header = changed
