@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdserve import __version__
-from nbdserve.block.graph import open_image
+from nbdserve.block.graph import image_roots, open_image
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
 from nbdserve.errors import ConfigError
@@ -25,7 +25,6 @@ from nbdserve.exports.export import Export, ExportTable
 from nbdserve.server.addresses import Address
 from nbdserve.server.listeners import Listener, bind_all
 from nbdserve.server.server import Server, ServerLimits
-from nbdserve.storage.roots import ImageRoots
 
 if TYPE_CHECKING:
     from nbdserve.admin.control import Control
@@ -126,7 +125,9 @@ async def serve(plan: Plan, ready: Callable[[list[Address]], None]) -> None:
             admin = import_module("nbdserve.admin.start").Admin(plan.admin)
         exports = ExportTable()
         for export in plan.exports:
-            node = await open_image(export.image, _image_roots(export.image.path, plan.image_roots))
+            node = await open_image(
+                export.image, image_roots(export.image.path, [Path(root) for root in plan.image_roots])
+            )
             nodes.append(node)
             exports.add(_export(export, node))
         _choose_default(exports, plan.default_export)
@@ -187,10 +188,6 @@ def _export(plan: ExportPlan, node: Node) -> Export:
         allocation_depth=plan.allocation_depth,
         max_connections=plan.max_connections,
     )
-
-
-def _image_roots(image: str, more: Sequence[str]) -> ImageRoots:
-    return ImageRoots([Path(image).absolute().parent, *map(Path, more)])
 
 
 def _choose_default(exports: ExportTable, name: str | None) -> None:

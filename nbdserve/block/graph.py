@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,8 @@ from nbdserve.formats.probe import probe
 from nbdserve.formats.registry import DRIVERS, driver_for
 from nbdserve.storage.base import Storage
 from nbdserve.storage.file import FileStorage
+from nbdserve.storage.nbd import NbdStorage
+from nbdserve.storage.nbd_target import is_nbd
 from nbdserve.storage.roots import ImageRoots
 from nbdserve.units import align_up
 
@@ -37,7 +39,7 @@ async def open_image(spec: ImageSpec, roots: ImageRoots | None = None) -> Node:
     ``roots`` bound the files that headers may name; by default the directory of the image and below. Raises ImageError
     naming the file at fault; nothing stays open then, and nothing was modified.
     """
-    roots = roots or ImageRoots.of_image(spec.path)
+    roots = roots or image_roots(spec.path)
     if spec.format != "raw" and (spec.offset or spec.size is not None):
         spec = await _window(spec, roots)
     layers: list[FormatDriver] = []
@@ -83,7 +85,22 @@ async def _window(spec: ImageSpec, roots: ImageRoots) -> ImageSpec:
 async def _open_storage(spec: ImageSpec, roots: ImageRoots, *, read_only: bool) -> Storage:
     if spec.file is not None:
         return NodeStorage(await open_image(replace(spec.file, read_only=spec.file.read_only or read_only), roots))
+    return await open_storage(spec, read_only=read_only)
+
+
+async def open_storage(spec: ImageSpec, *, read_only: bool) -> FileStorage | NbdStorage:
+    """The file or NBD export the user named, with the bytes of an image; ImageError when it cannot be opened."""
+    if spec.nbd is not None:
+        return await NbdStorage.open(spec.nbd, read_only=read_only)
     return await FileStorage.open(spec.path, read_only=read_only, cache=spec.cache, force_share=spec.force_share)
+
+
+def image_roots(path: str, more: Sequence[Path] = ()) -> ImageRoots:
+    """Where the files lie that the headers of the image ``path`` may name: beside it and below, or below ``more``.
+
+    Beside an image on an NBD server is nothing.
+    """
+    return ImageRoots([*([] if is_nbd(path) else [Path(path).absolute().parent]), *more])
 
 
 def _refuse_idle_secret(spec: ImageSpec, layers: list[FormatDriver]) -> None:
@@ -105,7 +122,7 @@ async def open_alone(
     No guest byte can be read: its backing file stays closed, so does what holds nothing but guest data, unless it is
     part of what is ``to_check``; and no secret is needed. A failed open closes ``storage``.
     """
-    roots = roots or ImageRoots.of_image(storage.path)
+    roots = roots or image_roots(storage.path)
     async with AsyncExitStack() as files:
         files.push_async_callback(storage.close)
         driver = driver_for(name, storage.path)
@@ -216,7 +233,7 @@ async def _open_named(
 
 
 def _refuse_loop(storage: Storage, seen: dict[tuple[int, int], str], layers: list[FormatDriver]) -> None:
-    if isinstance(storage, FileStorage):  # a header names files only, so no loop goes through a disk of an image
+    if isinstance(storage, FileStorage):  # a header names files only, so no loop goes through anything else
         if storage.identity in seen:
             raise ImageError(storage.path, "the chain loops: this file is already a layer of it", field="backing file")
         seen[storage.identity] = storage.path
@@ -259,21 +276,21 @@ async def _open_layer(
 
 async def _open_data_file(
     storage: Storage, spec: ImageSpec, chosen: ImageSpec, files: AsyncExitStack, *, read_only: bool
-) -> FileStorage:
+) -> Storage:
     """The data file the user gave."""
-    data_file = await FileStorage.open(chosen.path, read_only=read_only, cache=spec.cache, force_share=spec.force_share)
+    chosen = replace(chosen, cache=spec.cache, force_share=spec.force_share)
+    data_file = await open_storage(chosen, read_only=read_only)
     files.push_async_callback(data_file.close)
-    if data_file.identity == _file_identity(storage):
+    if isinstance(data_file, FileStorage) and data_file.identity == _file_identity(storage):
         raise ImageError(storage.path, _ITSELF, field="data file", value=data_file.path)
     return data_file
 
 
-def _file_identity(storage: Storage) -> tuple[int, int]:
-    """That of the file at the bottom."""
+def _file_identity(storage: Storage) -> tuple[int, int] | None:
+    """That of the file at the bottom; None when there is no file."""
     while isinstance(storage, NodeStorage):
         storage = storage.node.top.storage
-    assert isinstance(storage, FileStorage)
-    return storage.identity
+    return storage.identity if isinstance(storage, FileStorage) else None
 
 
 async def _open_companions(
@@ -297,7 +314,8 @@ async def _open_companions(
             value=companions[MAX_COMPANIONS].name,
         )
     opened: list[Storage] = []
-    own: dict[tuple[int, int], str] = {_file_identity(storage): _ITSELF}
+    identity = _file_identity(storage)
+    own: dict[tuple[int, int], str] = {} if identity is None else {identity: _ITSELF}
     for companion in companions:
         if metadata_only and companion.guest_data_only:
             opened.append(storage)
@@ -326,6 +344,10 @@ def _open_beneath(
 
     This is found before the file is locked: the lock would be refused, as if another process had the file.
     """
+    if is_nbd(named_by) and not name.startswith("/"):
+        raise ImageError(
+            named_by, "an image on an NBD server has no directory to look in; give the file", field=field, value=name
+        )
     fd = roots.open_beneath(name, relative_to=named_by, flags=access | os.O_CLOEXEC, field=field)
     status = os.fstat(fd)
     problem = known.get((status.st_dev, status.st_ino))

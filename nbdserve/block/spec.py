@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
+from nbdserve.storage.nbd_target import NbdTarget
+
 CACHE_MODES: Final = ("none", "writeback", "unsafe", "directsync", "writethrough")
 DISCARD_MODES: Final = ("ignore", "unmap")
 DETECT_ZEROES_MODES: Final = ("off", "on", "unmap")
@@ -32,6 +34,8 @@ class ImageSpec:
     it has no path, the file the header names, opened as the spec says."""
     file: ImageSpec | None = None
     """The image whose disk holds this one's bytes, instead of the file at ``path``, which then only names it."""
+    nbd: NbdTarget | None = None
+    """The NBD export that holds the bytes; ``path`` is then its URI. Said by the user, never by a header."""
     data_file: ImageSpec | None = None
     """The external data file, instead of the one the image's header names."""
     secret: bytes | None = field(default=None, repr=False)

@@ -134,7 +134,7 @@ class NodeStorage(Storage):
         cut = slice(max_runs)
         return RunArray(runs.start[cut], runs.length[cut], runs.kind[cut], runs.host_offset[cut])
 
-    def allocated_size(self) -> int:
+    def allocated_size(self) -> int | None:
         return self.node.top.storage.allocated_size()
 
     async def close(self) -> None:

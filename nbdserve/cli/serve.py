@@ -45,7 +45,8 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="IMAGE",
-            help="Image files; NAME=FILE gives the export a name, else it has the file's. json:{...} as QEMU takes it.",
+            help="Image files; NAME=FILE gives the export a name, else it has the file's. NBD URIs and json:{...} as "
+            "QEMU takes them.",
             show_default=False,
         ),
     ] = None,
@@ -189,7 +190,12 @@ def _export(text: str, name: str | None, options: dict[str, Any], shared: int | 
         text = named[2]
     parsed = _validated(ExportOptions, {"path": text} | options)
     image = parsed.image()
-    own_name = named[1] if named is not None else os.path.basename(image.path)  # noqa: PTH119 - a trailing / gives ""
+    if named is not None:
+        own_name = named[1]
+    elif image.nbd is not None:
+        own_name = image.nbd.export
+    else:
+        own_name = os.path.basename(image.path)  # noqa: PTH119 - a trailing / gives ""
     return ExportPlan(
         own_name if name is None else name, image, parsed.description, parsed.allocation_depth, shared or 0
     )

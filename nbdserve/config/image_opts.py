@@ -18,12 +18,14 @@ from nbdserve.block.spec import DETECT_ZEROES_MODES, ImageSpec
 from nbdserve.config.secrets import named_secret
 from nbdserve.errors import ConfigError
 from nbdserve.formats.registry import DRIVERS
+from nbdserve.storage.nbd_target import DEFAULT_PORT, NbdTarget, is_nbd, parse_port, parse_target
 from nbdserve.units import parse_size
 
 Tree: TypeAlias = dict[str, Any]
 """A node: option name -> string, number, boolean, null, or the Tree of a child."""
 
 FILE_DRIVERS: Final = frozenset({"file", "host_device"})
+PROTOCOL_DRIVERS: Final = FILE_DRIVERS | {"nbd"}
 
 _NO_SECRETS: Final[Mapping[str, bytes]] = MappingProxyType({})
 
@@ -43,7 +45,7 @@ _DISCARD: Final = {"ignore": "ignore", "off": "ignore", "unmap": "unmap", "on": 
 
 
 def image_from_filename(text: str, flags: ImageSpec, secrets: Mapping[str, bytes] = _NO_SECRETS) -> ImageSpec:
-    """The image named ``text``: a path, ``file:PATH`` or ``json:{...}``.
+    """The image named ``text``: a path, ``file:PATH``, an NBD URI or ``json:{...}``.
 
     ``flags`` carries what the other command-line options say (its path is not used); a ``json:`` tree overrides it,
     except for a format given with ``-f``, as in QEMU. ``secrets`` are those that ``key-secret`` options name, by id.
@@ -51,6 +53,9 @@ def image_from_filename(text: str, flags: ImageSpec, secrets: Mapping[str, bytes
     """
     if text.startswith("json:"):
         return _with_context(text, lambda: _image(_parse_json(text.removeprefix("json:")), flags, secrets, top=True))
+    if is_nbd(text):
+        target = parse_target(text)
+        return replace(flags, path=target.uri, nbd=target)
     return replace(flags, path=_plain_path(text))
 
 
@@ -237,7 +242,7 @@ def _image(
     """``named``: without ``file`` it is the file that the header of the image above names."""
     options = _Options(tree, where)
     driver = options.text("driver")
-    if driver in FILE_DRIVERS:
+    if driver in PROTOCOL_DRIVERS:
         # A protocol node where an image is expected is the bytes of the file.
         spec = _file(tree, flags, where)
         return replace(spec, format=flags.format or "raw")
@@ -316,12 +321,17 @@ def _children(options: _Options, spec: ImageSpec, secrets: Mapping[str, bytes], 
 
 
 def _file(tree: Tree, flags: ImageSpec, where: str) -> ImageSpec:
-    """The protocol node: a local file or block device."""
+    """The protocol node: a local file or block device, or an NBD export."""
     options = _Options(tree, where)
     driver = options.text("driver")
-    if driver is not None and driver not in FILE_DRIVERS:
-        raise options.error("driver", f"{driver!r} below an image is not supported yet, give 'file' or 'host_device'")
+    if driver is not None and driver not in PROTOCOL_DRIVERS:
+        raise options.error("driver", f"{driver!r} below an image is not supported yet, give 'file' or 'nbd'")
     filename = options.text("filename")
+    if driver == "nbd" or (driver is None and filename is not None and is_nbd(filename)):
+        target = _nbd(options, filename)
+        spec = _generic(options, flags)
+        options.finish("nbd")
+        return replace(spec, path=target.uri, nbd=target)
     if filename is None:
         raise options.error("filename", "missing")
     if not filename or "\0" in filename:
@@ -332,6 +342,44 @@ def _file(tree: Tree, flags: ImageSpec, where: str) -> ImageSpec:
     spec = _generic(options, flags)
     options.finish(driver or "file")
     return replace(spec, path=filename.removeprefix("file:") if driver is None else filename)
+
+
+def _nbd(options: _Options, filename: str | None) -> NbdTarget:
+    """The options of driver ``nbd``; ``filename`` is a URI, in place of ``server`` and ``export``."""
+    delays: dict[str, Any] = {}
+    for key in ("reconnect-delay", "open-timeout"):
+        seconds = options.take(key, 0)
+        if isinstance(seconds, bool) or not str(seconds).isdecimal():
+            raise options.error(key, f"{seconds!r} is no number of seconds")
+        delays[key.replace("-", "_")] = float(seconds)
+    if filename is not None:
+        return replace(parse_target(filename), **delays)
+    export = options.text("export") or ""
+    if options.has("server"):
+        server = _Options(options.child("server"), options.name("server."))
+        kind = server.text("type")
+        if kind == "unix":
+            where: dict[str, Any] = {"socket": server.text("path") or ""}
+        elif kind == "inet":
+            where = {"host": server.text("host") or "", "port": _port(server)}
+        else:
+            raise server.error("type", f"{kind!r} is none of inet, unix")
+        server.finish("nbd")
+    elif options.has("path"):
+        where = {"socket": options.text("path") or ""}
+    else:
+        where = {"host": options.text("host") or "", "port": _port(options)}
+    if not where.get("socket") and not where.get("host"):
+        raise options.error("server", "missing; say type=unix and path, or type=inet, host and port")
+    return NbdTarget(export, **where, **delays)
+
+
+def _port(options: _Options) -> int:
+    port = options.take("port", DEFAULT_PORT)
+    try:
+        return parse_port(str(port))
+    except ConfigError as error:
+        raise options.error("port", str(error)) from None
 
 
 def _generic(options: _Options, flags: ImageSpec) -> ImageSpec:

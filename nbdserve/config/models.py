@@ -16,6 +16,7 @@ from nbdserve.config.image_opts import discard_mode, image_from_filename
 from nbdserve.config.secrets import chosen_secret
 from nbdserve.errors import ConfigError
 from nbdserve.server.addresses import Address, parse_address
+from nbdserve.storage.nbd_target import is_nbd
 from nbdserve.units import parse_size
 
 
@@ -24,7 +25,7 @@ def _absolute(text: str, info: ValidationInfo) -> str:
 
 
 def _image_path(text: str, info: ValidationInfo) -> str:
-    return text if text.startswith("json:") else _absolute(text, info)
+    return text if text.startswith("json:") or is_nbd(text) else _absolute(text, info)
 
 
 def _address(text: str, info: ValidationInfo) -> str:
@@ -105,7 +106,8 @@ class ExportOptions(_Options):
     """One export, ``[exports.NAME]``: an image and how it is served."""
 
     path: ImagePath = Field(
-        description="The image file, or QEMU's json:{...} description of one. Required.", examples=["disk.qcow2"]
+        description="The image file, an nbd:// or nbd+unix:// URI, or QEMU's json:{...} description. Required.",
+        examples=["disk.qcow2"],
     )
     format: str | None = Field(
         default=None,

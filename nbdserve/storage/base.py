@@ -113,8 +113,8 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def allocated_size(self) -> int:
-        """Bytes of disk space used (``st_blocks * 512``)."""
+    def allocated_size(self) -> int | None:
+        """Bytes of disk space used (``st_blocks * 512``); None where nobody can tell."""
 
     @abstractmethod
     async def close(self) -> None:

@@ -75,7 +75,7 @@ class Draft(Storage):
     async def host_map(self, offset: int, length: int, max_runs: int = 1 << 16) -> RunArray:
         return await self._below.host_map(offset, length, max_runs)
 
-    def allocated_size(self) -> int:
+    def allocated_size(self) -> int | None:
         return self._below.allocated_size()
 
     async def apply(self) -> None:

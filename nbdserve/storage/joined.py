@@ -106,8 +106,9 @@ class JoinedStorage(Storage):
         host_offset[placed] += base
         return RunArray(runs.start + base, runs.length, runs.kind, host_offset)
 
-    def allocated_size(self) -> int:
-        return sum(part.allocated_size() for part in self.parts)
+    def allocated_size(self) -> int | None:
+        sizes = [part.allocated_size() for part in self.parts]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
 
     async def close(self) -> None:
         """Close every file. The first error is raised after all of them are closed."""

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from nbdserve.block.spec import ImageSpec
 from nbdserve.config.image_opts import discard_mode, image_from_filename, image_from_opts
 from nbdserve.errors import ConfigError
+from nbdserve.storage.nbd_target import NbdTarget
 
 NO_FLAGS = ImageSpec(path="")
 
@@ -24,10 +25,42 @@ def test_plain_names(text: str, path: str) -> None:
     assert image_from_filename(text, NO_FLAGS).path == path
 
 
-@pytest.mark.parametrize("text", ["", "file:", "a\0b", "nbd://host/x", "null-co://", "https://x/y", "file://host/x"])
+@pytest.mark.parametrize(
+    "text", ["", "file:", "a\0b", "nbds://host/x", "nbd://", "null-co://", "https://x/y", "file://host/x"]
+)
 def test_refused_names(text: str) -> None:
     with pytest.raises(ConfigError):
         image_from_filename(text, NO_FLAGS)
+
+
+NBD = NbdTarget("disk", "::1", 1234)
+SOCKET = NbdTarget("", socket="/run/s", reconnect_delay=5, open_timeout=7)
+
+
+@pytest.mark.parametrize(
+    ("image", "target", "format_"),
+    [
+        ("nbd://[::1]:1234/disk", NBD, None),
+        ({"driver": "nbd", "server": {"type": "inet", "host": "::1", "port": "1234"}, "export": "disk"}, NBD, "raw"),
+        ({"driver": "nbd", "host": "::1", "port": 1234, "export": "disk"}, NBD, "raw"),
+        ({"driver": "qcow2", "file": {"driver": "nbd", "filename": "nbd://[::1]:1234/disk"}}, NBD, "qcow2"),
+        ({"driver": "qcow2", "file": {"filename": "nbd://[::1]:1234/disk"}}, NBD, "qcow2"),
+        (
+            {
+                "driver": "nbd",
+                "server.type": "unix",
+                "server.path": "/run/s",
+                "reconnect-delay": 5,
+                "open-timeout": "7",
+            },
+            SOCKET,
+            "raw",
+        ),
+    ],
+)
+def test_exports_of_other_servers(image: Any, target: NbdTarget, format_: str | None) -> None:
+    spec = image_from_filename(image, NO_FLAGS) if isinstance(image, str) else from_json(image)
+    assert (spec.nbd, spec.path, spec.format) == (target, target.uri, format_)
 
 
 def test_flags_stay() -> None:
@@ -184,7 +217,14 @@ def test_a_backing_node_without_a_file_is_the_one_the_header_names() -> None:
         ({"driver": "raw", "file.filename": "a", "cache.drect": True}, r"'cache\.drect'"),
         ({"driver": "raw", "file.filename": "a", "cache": {"direct": True, "no-flush": True}}, "'cache'"),
         ({"driver": "nope", "file.filename": "a"}, "'nope'"),
-        ({"driver": "qcow2", "file": {"driver": "nbd", "host": "x"}}, r"'file\.driver': 'nbd'"),
+        ({"driver": "qcow2", "file": {"driver": "ssh", "host": "x"}}, r"'file\.driver': 'ssh'"),
+        ({"driver": "qcow2", "file": {"driver": "nbd", "hots": "x"}}, r"'file\.server'"),
+        ({"driver": "nbd", "server": {"type": "inet", "host": "x", "port": "0"}}, r"'server\.port'"),
+        ({"driver": "nbd", "server": {"type": "fd", "str": "1"}}, r"'server\.type'"),
+        ({"driver": "nbd", "server": {"type": "unix"}}, "'server'"),
+        ({"driver": "nbd", "path": "/s", "tls-creds": "t"}, "'tls-creds'"),
+        ({"driver": "nbd", "path": "/s", "reconnect-delay": -1}, "'reconnect-delay'"),
+        ({"driver": "nbd", "path": "/s", "open-timeout": True}, "'open-timeout'"),
         ({"driver": "qcow2", "file": "node0"}, "'node0'"),
         ({"driver": "qcow2"}, "'file'"),
         ({"driver": "qcow2", "file": {}}, r"'file\.filename'"),

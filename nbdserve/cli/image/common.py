@@ -9,11 +9,13 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from nbdserve.block.graph import open_alone
+from nbdserve.block.graph import image_roots, open_alone, open_storage
+from nbdserve.block.spec import ImageSpec
+from nbdserve.config.image_opts import image_from_filename
+from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.probe import probe
 from nbdserve.storage.base import Storage
-from nbdserve.storage.file import FileStorage
 from nbdserve.storage.roots import ImageRoots
 
 
@@ -58,7 +60,7 @@ SecretEnvOption: TypeAlias = Annotated[
 
 def roots_for(path: str, given: list[Path] | None) -> ImageRoots:
     """The directories in which files named by headers may be."""
-    return ImageRoots([Path(path).parent, *(given or [])])
+    return image_roots(path, given or [])
 
 
 async def open_layer(
@@ -75,8 +77,11 @@ async def open_layer(
     The driver is read-only in any case; ``writable`` opens the files for a repair; what is ``to_check`` may be more
     files than the rest of the metadata needs. ``close`` it.
     """
-    storage = await FileStorage.open(path, read_only=not writable, force_share=force_share)
-    return await open_layer_on(storage, format_name, roots, force_share=force_share, to_check=to_check)
+    spec = image_from_filename(path, ImageSpec(path, force_share=force_share))
+    if spec.file is not None:
+        raise ConfigError(f"image {path!r}: an image within an image is not supported here")
+    storage = await open_storage(spec, read_only=not writable)
+    return await open_layer_on(storage, format_name or spec.format, roots, force_share=force_share, to_check=to_check)
 
 
 async def open_layer_on(

@@ -55,8 +55,8 @@ class Layer:
 
     path: str
     info: ImageInfo
-    disk_size: int
-    """Bytes of disk space its files use."""
+    disk_size: int | None
+    """Bytes of disk space its files use, where that is known."""
 
 
 def info(
@@ -134,8 +134,11 @@ async def _describe(driver: FormatDriver, path: str) -> Layer:
                 ]
         facts.specific = {key: facts.specific[key] for key in sorted(facts.specific, key=_position)}
         data = driver.data.inner if isinstance(driver.data, EncryptedStorage) else driver.data
-        files = dict.fromkeys((driver.storage, data))
-        return Layer(path, facts, sum(file.allocated_size() for file in files))
+        sizes = [file.allocated_size() for file in dict.fromkeys((driver.storage, data))]
+        known = [size for size in sizes if size is not None]
+        if not known and driver.name == "raw":
+            facts.dirty = None  # as in qemu-img, which asks the server
+        return Layer(path, facts, sum(known) if len(known) == len(sizes) else None)
     finally:
         await driver.close()
 
@@ -151,8 +154,9 @@ def as_json(layer: Layer) -> dict[str, Any]:
         "virtual-size": facts.virtual_size,
         "filename": layer.path,
         "format": facts.format,
-        "actual-size": layer.disk_size,
     }
+    if layer.disk_size is not None:
+        result["actual-size"] = layer.disk_size
     if facts.dirty is not None:
         result["dirty-flag"] = facts.dirty
     if facts.cluster_size is not None:
@@ -191,7 +195,7 @@ def as_text(layer: Layer) -> str:
         f"image: {layer.path}",
         f"file format: {facts.format}",
         f"virtual size: {format_size(facts.virtual_size)} ({facts.virtual_size} bytes)",
-        f"disk size: {format_size(layer.disk_size)}",
+        f"disk size: {'unavailable' if layer.disk_size is None else format_size(layer.disk_size)}",
     ]
     if facts.encrypted:
         lines.append("encrypted: yes")

@@ -200,7 +200,7 @@ class EncryptedStorage(Storage):
         """All DATA: a hole is not what reads as zeroes."""
         return RunArray.of(offset, length, DATA, offset)
 
-    def allocated_size(self) -> int:
+    def allocated_size(self) -> int | None:
         return self.inner.allocated_size()
 
     async def close(self) -> None:

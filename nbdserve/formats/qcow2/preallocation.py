@@ -15,7 +15,10 @@ async def metadata_preallocated(storage: Storage, header: Header) -> bool:
 
     Only of such an image the holes of the file are worth asking for. OSError.
     """
-    on_disk = storage.allocated_size() // header.cluster_size
+    allocated = storage.allocated_size()
+    if allocated is None:
+        return False
+    on_disk = allocated // header.cluster_size
     threshold = max(on_disk * 10 // 9, on_disk + 2)
     clusters = div_ceil(storage.size, header.cluster_size)
     if clusters < threshold:

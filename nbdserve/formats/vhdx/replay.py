@@ -104,7 +104,7 @@ class ReplayedStorage(Storage):
         end = int(runs.start[-1] + runs.length[-1])
         return RunArray.of(offset, end - offset, DATA, offset) if self.touches(offset, end) else runs
 
-    def allocated_size(self) -> int:
+    def allocated_size(self) -> int | None:
         return self.inner.allocated_size()
 
     async def close(self) -> None:
