@@ -8,23 +8,38 @@ from __future__ import annotations
 
 import errno
 from abc import abstractmethod
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from nbdserve.errors import RequestError
+from nbdserve.errors import CorruptImageError, ImageError, RequestError
 from nbdserve.extents import DATA, UNALLOCATED, Int64Array, Run, RunArray, RunStream
 from nbdserve.formats.append_space import AppendSpace
-from nbdserve.formats.base import Allocation, FormatDriver
+from nbdserve.formats.base import Allocation, CheckResult, FormatDriver
 from nbdserve.formats.flat_map import PAGE_BITS, PAGE_MASK, FlatMap, Scan
 from nbdserve.formats.ordered_commit import Batch, OrderedCommit, Piece
 from nbdserve.formats.tables import AnyWords, L2Table
 from nbdserve.storage.base import Storage
-from nbdserve.units import div_ceil, is_power_of_two
+from nbdserve.units import MIB, div_ceil, is_power_of_two
+
+_COPY: Final = MIB
+
+
+async def copy_unit(storage: Storage, source: int, target: int, length: int) -> None:
+    """Copy ``length`` bytes of the file from ``source`` to ``target``, which do not overlap. Not stable on return."""
+    for at in range(0, length, _COPY):
+        data = await storage.read(source + at, min(_COPY, length - at))
+        await storage.write(target + at, data)
 
 
 class FlatImage(FormatDriver):
     """One open image. A format calls ``_set_map`` in ``open``, and ``_set_writable`` after it."""
+
+    unit_called: ClassVar[str] = "block"
+    """What messages call a unit of the disk."""
+    outside_means: ClassVar[str] = "outside the file"
+    """What is wrong with a word that refers to no possible unit."""
 
     space: AppendSpace
     map: FlatMap
@@ -62,6 +77,29 @@ class FlatImage(FormatDriver):
         self.read_only = False
         self.space = space
         self._commits = OrderedCommit(self.storage, self._collect)
+
+    async def _sound_scan(self) -> Scan:
+        """``scan`` of an image to be opened writable. ImageError if it cannot be.
+
+        Two blocks that share their place, or one outside the file, keep it from being changed.
+        """
+        if self.storage.read_only:
+            raise ImageError(self.path, "the file is open read-only")
+        found = await self.scan()
+        for field, faulty, problem in (
+            ("with a place of their own", found.duplicates, "share their place with another one"),
+            ("inside the file", found.outside, f"are {self.outside_means}"),
+        ):
+            if faulty:
+                raise CorruptImageError(
+                    self.path,
+                    f"{len(faulty)} {self.unit_called}s {problem}, "
+                    f"first that at guest offset {faulty[0] * self._block:#x}",
+                    field=f"{self.unit_called}s {field}",
+                    value=found.allocated - len(faulty),
+                    hint="it can be read; image check -r all",
+                )
+        return found
 
     # --- the meaning of words, the format's ------------------------------------------------------------------------
 
@@ -111,7 +149,12 @@ class FlatImage(FormatDriver):
         return kind, min(run, length), -1
 
     async def load(self, offset: int) -> None:
-        """Bring the page of the map that has ``offset`` into memory."""
+        """Bring the page of the map that has ``offset`` into memory.
+
+        When too many pages differ from the disk, they are written back first.
+        """
+        if not self.read_only and self.map.cache.crowded:
+            await self._commits.commit()
         page = offset // self._block >> PAGE_BITS
         if self.map.find(page) is None:
             await self.map.load(page)
@@ -226,10 +269,10 @@ class FlatImage(FormatDriver):
             raise RequestError(errno.EIO, self._broken)
 
     def _writable_page(self, offset: int) -> tuple[L2Table, int] | None:
-        """The page and index of the block at ``offset``, or None: ``load`` it."""
+        """The page and index of the block at ``offset``, to be changed now. None: ``load`` it."""
         block = offset // self._block
         table = self.map.find(block >> PAGE_BITS)
-        return None if table is None else (table, block & PAGE_MASK)
+        return None if table is None or self.map.cache.crowded else (table, block & PAGE_MASK)
 
     # --- stability -------------------------------------------------------------------------------------------------
 
@@ -266,3 +309,20 @@ class FlatImage(FormatDriver):
                     await self._finish()
         finally:
             await self.storage.close()
+
+    # --- checking --------------------------------------------------------------------------------------------------
+
+    async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
+        """Compare the map with itself, with the header, and with the file.
+
+        A repair works on the file; the image is to be opened anew.
+        """
+        if not self.read_only:
+            await self._commits.settle()
+            if repair_leaks or repair_errors:
+                self._stop_writing(f"{self.path}: repaired since it was opened, open it anew")
+        return await self._check_file(repair_leaks=repair_leaks, repair_errors=repair_errors)
+
+    @abstractmethod
+    async def _check_file(self, *, repair_leaks: bool, repair_errors: bool) -> CheckResult:
+        """The format's check of what is on disk."""

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nbdserve.extents import Int64Array
-from nbdserve.formats.ordered_commit import Batch, Stage
+from nbdserve.formats.ordered_commit import Batch, Piece, Stage
 from nbdserve.formats.tables import AnyWords, L2Cache, L2Table, StoredForm, decode_table
 from nbdserve.storage.base import Storage
 from nbdserve.units import div_ceil
@@ -66,6 +66,7 @@ class FlatMap:
 
     def __init__(self, storage: Storage, host_offset: int, count: int, stored: StoredForm = "<u4") -> None:
         self.host_offset = host_offset
+        """Where it is read from. A driver may change it to where it has written the same map."""
         self.count = count
         self.cache = L2Cache(PAGE_WORDS * _WORD, stored=stored)
         self.recent = self.cache.recent
@@ -97,15 +98,12 @@ class FlatMap:
 
     async def _read_page(self, page: int) -> L2Table:
         words = await self._read(page, page + 1)
-        return self.cache.find(page) or self.cache.create(page, self._page_offset(page), words)
-
-    def _page_offset(self, page: int) -> int:
-        return self.host_offset + page * PAGE_WORDS * _WORD
+        return self.cache.find(page) or self.cache.create(page, page * PAGE_WORDS * _WORD, words)
 
     async def _read(self, first: int, end: int) -> AnyWords:
         length = min(self.count, end * PAGE_WORDS) * _WORD - first * PAGE_WORDS * _WORD
         stored = bytearray(length)
-        host_offset = self._page_offset(first)
+        host_offset = self.host_offset + first * PAGE_WORDS * _WORD
         if not self._storage.try_read_into(host_offset, memoryview(stored)):
             await self._storage.read_into(host_offset, memoryview(stored))
         return decode_table(stored, self._stored)
@@ -127,14 +125,25 @@ class FlatMap:
             first = until
             await asyncio.sleep(0)
 
-    def collect(self, batch: Batch, stage: Stage) -> None:
-        """Put what differs from the disk into ``stage``, and count it as written."""
+    def collect(self, batch: Batch, stage: Stage, host_offset: int | None = None) -> list[Piece]:
+        """Put what differs from the disk into ``stage``, and count it as written.
+
+        ``host_offset``: where the map is to be written, if not where it is read from. The pieces that were added, their
+        offsets counted from the beginning of the map.
+        """
+        base = self.host_offset if host_offset is None else host_offset
+        added: list[Piece] = []
         for table in self.cache.changed:
             table.pins += 1
             batch.finally_(table.unpin)
-            stage.add_dirty(table)
+            sectors = frozenset(table.dirty)
+            pieces = table.pieces(sectors)
+            stage.add([(base + at, data) for at, data in pieces], partial(table.dirty.update, sectors))
+            table.dirty.clear()
             stage.undo.append(partial(self.cache.changed.add, table))
+            added += pieces
         self.cache.changed.clear()
+        return added
 
     async def set(self, block: int, word: int) -> None:
         """Change one word in memory."""

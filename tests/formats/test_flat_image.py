@@ -13,11 +13,11 @@ import pytest
 
 from nbdserve.block.node import Node
 from nbdserve.block.pieces import zero_pieces
-from nbdserve.errors import RequestError
+from nbdserve.errors import CorruptImageError, RequestError
 from nbdserve.extents import DATA, UNALLOCATED
 from nbdserve.formats.append_space import AppendSpace
-from nbdserve.formats.base import ImageInfo
-from nbdserve.formats.flat_image import FlatImage
+from nbdserve.formats.base import CheckResult, ImageInfo
+from nbdserve.formats.flat_image import FlatImage, copy_unit
 from nbdserve.formats.flat_map import PAGE_WORDS, FlatMap
 from nbdserve.formats.tables import AnyWords
 from nbdserve.storage.base import Storage
@@ -46,6 +46,9 @@ class Tiny(FlatImage):
 
     def info(self) -> ImageInfo:
         return ImageInfo("tiny", self.size)
+
+    async def _check_file(self, *, repair_leaks: bool, repair_errors: bool) -> CheckResult:
+        return CheckResult(allocated_clusters=(await self.scan()).allocated)
 
     def _kind(self, word: int) -> int:
         return -1 if word else UNALLOCATED
@@ -146,3 +149,36 @@ async def test_a_stopped_image_is_written_no_more() -> None:
             driver.lookup_writable(offset, 1)
     with pytest.raises(RequestError, match="stop"):
         driver.allocate(8192, 1)
+
+
+async def test_a_repair_is_the_end_of_writing() -> None:
+    driver = await _tiny(4096, 100_000)
+    await flat.write(driver, 5000, b"x")
+    assert (await driver.check()).allocated_clusters == 1
+    await flat.write(driver, 5001, b"y")
+    assert (await driver.check(repair_leaks=True)).allocated_clusters == 1
+    with pytest.raises(RequestError, match="open it anew"):
+        await flat.write(driver, 5002, b"z")
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "text"),
+    [
+        ([1, 0, 1], "blocks with a place of their own", "1 blocks share their place .* first that at guest offset 0x2"),
+        ([0, 1, 9], "blocks inside the file", "1 blocks are outside the file, first that at guest offset 0x2"),
+    ],
+)
+async def test_what_is_unsound_is_not_written(words: list[int], field: str, text: str) -> None:
+    storage = MemoryStorage(np.array(words, "<u4").tobytes(), size=DATA_AT + 4096)
+    driver = await _tiny(4096, 12288, storage, read_only=True)
+    with pytest.raises(CorruptImageError, match=text) as caught:
+        await driver._sound_scan()
+    assert caught.value.field == field
+    assert "image check -r all" in str(caught.value)
+
+
+async def test_copying_more_than_is_read_at_once() -> None:
+    content = random.Random(1).randbytes(5 << 19)
+    storage = MemoryStorage(content, size=8 << 20)
+    await copy_unit(storage, 0, 3 << 20, len(content))
+    assert await storage.read(3 << 20, 3 << 20) == content.ljust(3 << 20, b"\0")

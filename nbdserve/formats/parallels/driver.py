@@ -8,25 +8,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from nbdserve.errors import ConfigError, CorruptImageError, ImageError, UnsupportedImageError
+from nbdserve.errors import ConfigError, UnsupportedImageError
 from nbdserve.extents import DATA, UNALLOCATED, Run
 from nbdserve.formats.append_space import AppendSpace, HostRange
 from nbdserve.formats.base import CheckResult, CreateOption, FormatDriver, ImageInfo
-from nbdserve.formats.flat_image import FlatImage
+from nbdserve.formats.flat_image import FlatImage, copy_unit
 from nbdserve.formats.flat_map import PAGE_BITS, FlatMap
 from nbdserve.formats.parallels import extension, layout
 from nbdserve.formats.parallels.extension import DirtyBitmap, Extension
 from nbdserve.formats.parallels.layout import CLOSED, FLAG_EMPTY, IN_USE, Header
 from nbdserve.formats.tables import AnyWords
 from nbdserve.storage.base import Storage
-from nbdserve.units import MIB, SECTOR_SIZE, align_up, div_ceil, parse_size
-
-_COPY: Final = MIB
+from nbdserve.units import SECTOR_SIZE, align_up, div_ceil, parse_size
 
 
 async def read_header(storage: Storage) -> Header:
@@ -38,6 +36,8 @@ class ParallelsDriver(FlatImage):
     """One open Parallels image."""
 
     name: ClassVar[str] = "parallels"
+    unit_called: ClassVar[str] = "cluster"
+    outside_means: ClassVar[str] = "outside the file, or not aligned"
     create_options: ClassVar[tuple[CreateOption, ...]] = (
         CreateOption("size", "Virtual disk size"),
         CreateOption("cluster_size", "Parallels image cluster size", "1048576"),
@@ -84,8 +84,6 @@ class ParallelsDriver(FlatImage):
         return driver
 
     async def _open_writable(self) -> None:
-        if self.storage.read_only:
-            raise ImageError(self.path, "the file is open read-only")
         header = self.header
         necessary = self.extension.necessary
         if necessary is not None:
@@ -96,19 +94,7 @@ class ParallelsDriver(FlatImage):
                 value=header.extension_offset // SECTOR_SIZE,
                 hint="open it read-only",
             )
-        found = await self.scan()
-        for field, blocks, problem in (
-            ("clusters with a place of their own", found.duplicates, "share their place with another cluster"),
-            ("clusters inside the file", found.outside, "are outside the file, or not aligned"),
-        ):
-            if blocks:
-                raise CorruptImageError(
-                    self.path,
-                    f"{len(blocks)} clusters {problem}, first that at guest offset {blocks[0] * self._block:#x}",
-                    field=field,
-                    value=found.allocated - len(blocks),
-                    hint="it can be read; image check -r all",
-                )
+        found = await self._sound_scan()
         block = self._block
         keeps_unknown = bool(self.extension.transit)
         # Where an unknown feature has its clusters nobody knows: then none in the file is free.
@@ -175,11 +161,8 @@ class ParallelsDriver(FlatImage):
 
     async def load(self, offset: int) -> None:
         """The page of ``offset``. Who comes although it is in memory wants to change it: mark the image first."""
-        if not self.read_only:
-            if self.map.cache.crowded:
-                await self._commits.commit()
-            if not self._marked and self.map.find(offset // self._block >> PAGE_BITS) is not None:
-                await self._mark()
+        if not self.read_only and not self._marked and self.map.find(offset // self._block >> PAGE_BITS) is not None:
+            await self._mark()
         await super().load(offset)
 
     def _is_marked(self) -> bool:
@@ -214,7 +197,7 @@ class ParallelsDriver(FlatImage):
         if self._has_backing:
             return 0
         page = self._writable_page(offset)
-        if page is None or self.map.cache.crowded or not self._marked:
+        if page is None or not self._marked:
             return None
         table, first = page
         end = min(len(table.words), first + div_ceil(length, self._block))
@@ -289,10 +272,7 @@ class ParallelsDriver(FlatImage):
         async for first, words in self.map.words(0, self.map.count):
             for index in np.flatnonzero((words != 0) & (words < limit)).tolist():
                 host_offset, _ = self.space.take_whole(1)
-                for at in range(0, self._block, _COPY):
-                    length = min(_COPY, self._block - at)
-                    data = await self.storage.read(int(words[index]) * self._scale + at, length)
-                    await self.storage.write(host_offset + at, data)
+                await copy_unit(self.storage, int(words[index]) * self._scale, host_offset, self._block)
                 await self.map.set(first + index, host_offset // self._scale)
         self._set_host_limit(self.space.end)
         await self._commits.settle()
@@ -314,18 +294,10 @@ class ParallelsDriver(FlatImage):
 
     # --- checking --------------------------------------------------------------------------------------------------
 
-    async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
-        """Compare the table with itself and with the file.
+    async def _check_file(self, *, repair_leaks: bool, repair_errors: bool) -> CheckResult:
+        from nbdserve.formats.parallels.check import ParallelsCheck  # noqa: PLC0415  (check works on drivers)
 
-        A repair works on the file; the image is to be opened anew.
-        """
-        from nbdserve.formats.parallels.check import check_parallels  # noqa: PLC0415  (check works on drivers)
-
-        if not self.read_only:
-            await self._commits.settle()
-            if repair_leaks or repair_errors:
-                self._stop_writing(f"{self.path}: repaired since it was opened, open it anew")
-        return await check_parallels(self, repair_leaks=repair_leaks, repair_errors=repair_errors)
+        return await ParallelsCheck(self).run(repair_leaks=repair_leaks, repair_errors=repair_errors)
 
 
 def _plan(size: int, options: Mapping[str, str]) -> Header:

@@ -3,10 +3,17 @@
 A block once allocated keeps its place: zeroing and discarding work on the file behind it (a hole is punched). So the
 data area stays dense, as the allocator of QEMU and VirtualBox takes for granted; the one way to a hole, an allocation
 whose write failed, is mended before the image is closed.
+
+A commit that allocates writes the map to its other place (``two_maps``), so that QEMU's tools find a clean image after
+a crash at any point. Where there is no room for that (``room`` makes it if it can), the count of allocated blocks is
+written before the entries: a crash in between leaves a count that is too high, which QEMU's check calls an error
+although every block is where it was, and the next one is put behind them.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,18 +23,19 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 
-from nbdserve.errors import ConfigError, CorruptImageError, ImageError
+from nbdserve.errors import ConfigError, ImageError
 from nbdserve.extents import DATA, UNALLOCATED, ZERO, RunArray, RunStream
 from nbdserve.formats.append_space import AppendSpace
 from nbdserve.formats.base import Allocation, CheckResult, CreateOption, FormatDriver, ImageInfo
-from nbdserve.formats.flat_image import FlatImage
+from nbdserve.formats.flat_image import FlatImage, copy_unit
 from nbdserve.formats.flat_map import PAGE_WORDS, FlatMap
-from nbdserve.formats.ordered_commit import Batch
+from nbdserve.formats.ordered_commit import Batch, Piece
 from nbdserve.formats.tables import AnyWords
-from nbdserve.formats.vdi import layout
+from nbdserve.formats.vdi import layout, room
 from nbdserve.formats.vdi.layout import FREE, ZEROED, Header
+from nbdserve.formats.vdi.two_maps import TwoMaps
 from nbdserve.storage.base import Storage
-from nbdserve.units import MIB, SECTOR_SIZE, align_up, div_ceil
+from nbdserve.units import SECTOR_SIZE, align_up, div_ceil
 
 _SWITCH: Final = {
     "on": True,
@@ -39,7 +47,10 @@ _SWITCH: Final = {
     "false": False,
     "n": False,
 }
-_COPY: Final = MIB
+_MOST_UNMAPPED: Final = 1 << 16
+"""Holes that are listed; with more there is no room for as many placeholders anyway."""
+
+_log: Final = logging.getLogger(__name__)
 
 
 async def read_header(storage: Storage) -> tuple[Header, bytes]:
@@ -52,6 +63,7 @@ class VdiDriver(FlatImage):
     """One open VDI image."""
 
     name: ClassVar[str] = "vdi"
+    unit_called: ClassVar[str] = "block"
     backing_formats: ClassVar[tuple[str, ...] | None] = ("vdi",)
     needs_open_backing = True
     create_options: ClassVar[tuple[CreateOption, ...]] = (
@@ -66,20 +78,28 @@ class VdiDriver(FlatImage):
     def __init__(self, storage: Storage, header: Header, sector: bytes) -> None:
         super().__init__(storage, header.size, header.block_size)
         self.zeroes_fast = self.keeps_places = True
-        self._sector = bytearray(sector)
+        self._sector = sector
+        """As it is on disk."""
         self._allocated = 0
         """Blocks of the data area that the map refers to."""
         self._end = 0
         """The block of the data area behind the last one of these."""
+        self._unmapped: set[int] | None = set()
+        """The others before that; None: too many to be listed."""
+        self._maps: TwoMaps | None = None
+        self._ready = False
+        """The second map was made, or there is no room for one."""
+        self._readying = asyncio.Lock()
         self._touched = False
         """The file is not what it was when it was opened."""
-        self._set_header(header)
+        self.adopt_header(header)
 
-    def _set_header(self, header: Header) -> None:
+    def adopt_header(self, header: Header) -> None:
+        """Take the disk, the map and the data area to be where ``header`` says."""
         self.header = header
         self.size = header.size
         self._set_map(
-            FlatMap(self.storage, header.map_offset, header.blocks),
+            FlatMap(self.storage, header.map_offset, header.disk_blocks),
             base=header.data_offset,
             scale=header.block_size,
             low=0,
@@ -110,26 +130,36 @@ class VdiDriver(FlatImage):
         return driver
 
     async def _open_writable(self) -> None:
-        if self.storage.read_only:
-            raise ImageError(self.path, "the file is open read-only")
-        found = await self.scan()
-        for field, blocks, problem in (
-            ("blocks with a place of their own", found.duplicates, "share their place with another block"),
-            ("blocks inside the file", found.outside, "are outside the file"),
-        ):
-            if blocks:
-                raise CorruptImageError(
-                    self.path,
-                    f"{len(blocks)} blocks {problem}, first that at guest offset {blocks[0] * self._block:#x}",
-                    field=field,
-                    value=found.allocated - len(blocks),
-                    hint="it can be read; image check -r all",
-                )
+        found = await self._sound_scan()
+        header = self.header
+        if header.map_among_data or TwoMaps.of(header) is None:
+            await self._make_room()
+            found = await self.scan()
         self._allocated, self._end = found.allocated, found.end
+        holes = found.holes()
+        if found.end - found.allocated <= _MOST_UNMAPPED:
+            self._unmapped = {at for first, count in holes for at in range(first, first + count)}
+        else:
+            self._unmapped = None
         block = self._block
         space = self._new_space()
-        space.add_free((self._base + first * block, count * block) for first, count in found.holes())
+        space.add_free((self._base + first * block, count * block) for first, count in holes)
         self._set_writable(space)
+
+    async def _make_room(self) -> None:
+        """For a second map. An image whose map lies among the data is not written without."""
+        header, sector = self.header, self._sector
+        try:
+            header, sector = await room.make_room(self.storage, *await room.finish(self.storage, header, sector))
+        except OSError as error:
+            header, sector = await read_header(self.storage)
+            if header.map_among_data:
+                raise
+            _log.warning("%s: there is no room for a second map: %s", self.path, error)
+        if header != self.header:
+            self._touched = True
+            self._sector = sector
+            self.adopt_header(header)
 
     def _new_space(self) -> AppendSpace:
         base, block = self._base, self._block
@@ -247,15 +277,39 @@ class VdiDriver(FlatImage):
         """Point the map at the new blocks."""
         super().publish(allocation)
         count = allocation.token[2]
+        first = (allocation.host_offset - self._base) // self._block
+        if self._unmapped is not None:
+            if first > self._end:
+                self._unmapped.update(range(self._end, first))
+            else:
+                self._unmapped.difference_update(range(first, first + count))
         self._allocated += count
-        self._end = max(self._end, (allocation.host_offset - self._base) // self._block + count)
+        self._end = max(self._end, first + count)
         self._touched = True
+
+    def _is_marked(self) -> bool:
+        return self._ready
+
+    async def _mark(self) -> None:
+        """Before the first allocation: the second map is a copy of the first."""
+        async with self._readying:
+            if self._ready:
+                return
+            self._maps = maps = TwoMaps.of(self.header)
+            if maps is not None:
+                await self._copy_map(maps.other)  # a commit meanwhile tells ``maps`` what it wrote
+                maps.synced = True
+            self._ready = True
+
+    async def _copy_map(self, host_offset: int) -> None:
+        async for first, words in self.map.words(0, self.map.count):
+            await self.storage.write(host_offset + first * 4, words.astype("<u4").tobytes())
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> int | None:
         """Blocks that are not allocated: nothing to do, or ZEROED where a parent could show. 0 for allocated ones."""
         self._check_whole()
         page = self._writable_page(offset)
-        if page is None or self.map.cache.crowded:
+        if page is None:
             return None
         table, first = page
         end = min(len(table.words), first + div_ceil(length, self._block))
@@ -270,78 +324,126 @@ class VdiDriver(FlatImage):
             self._touched = True
         return min(length, count * self._block)
 
-    async def load(self, offset: int) -> None:
-        """The page of ``offset``; when too many pages differ from the disk, they are written back first."""
-        if not self.read_only and self.map.cache.crowded:
-            await self._commits.commit()
-        await super().load(offset)
-
     async def resize(self, size: int) -> None:
         """Grow the disk, as far as there is room for its map: in images made here, to the next multiple of 256 GiB.
 
         ConfigError for more, and for less. The new entries are stable before the header counts them.
         """
         header, size = self.header, align_up(size, SECTOR_SIZE)
-        blocks = max(header.blocks, div_ceil(size, self._block))
+        old, blocks = header.disk_blocks, div_ceil(size, self._block)
         if size < header.size:
             raise ConfigError(f"{self.path}: VDI images cannot shrink")
-        if blocks > header.map_room or size > layout.MAX_SIZE:
-            most = min(header.map_room * self._block, layout.MAX_SIZE)
+        movable = header.end + old * 4 <= header.map_offset
+        entries = (header.data_offset - (header.end if movable else header.map_offset)) // 4
+        if blocks > entries or size > layout.MAX_SIZE:
+            most = min(entries * self._block, layout.MAX_SIZE)
             raise ConfigError(f"{self.path}: the map has room for {most} bytes: convert the image to a larger one")
         await self._commits.settle()
-        static = header.type == layout.TYPE_STATIC
-        for first in range(header.blocks, blocks, PAGE_WORDS):
+        self._maps, self._ready = None, False
+        if header.map_offset + blocks * 4 > header.data_offset:
+            await self._copy_map(header.end)
+            await self.storage.flush()
+            await self._barrier_header([self._header_piece(header.end, old, self._end)])
+        map_offset, static = self.header.map_offset, header.type == layout.TYPE_STATIC
+        for first in range(old, blocks, PAGE_WORDS):
             count = min(PAGE_WORDS, blocks - first)
             words = np.arange(count) + self._end if static else np.full(count, FREE)
-            await self.storage.write(header.map_offset + first * 4, words.astype("<u4").tobytes())
+            await self.storage.write(map_offset + first * 4, words.astype("<u4").tobytes())
             if static:
                 self._end += count
                 self._allocated += count
         if static:
             await self.storage.truncate(self._base + self._end * self._block)
-            self._set_count(self._end)
             self.space = self._new_space()
         await self.storage.flush()
-        self._sector[layout.SIZE_AT : layout.SIZE_AT + 8] = size.to_bytes(8, "little")
-        self._sector[layout.BLOCKS_AT : layout.BLOCKS_AT + 4] = blocks.to_bytes(4, "little")
-        await self.storage.write_stable([(0, bytes(self._sector))])
-        self._set_header(replace(header, size=size, blocks=blocks))
+        low, high = divmod(size, 1 << 32)[::-1]
+        sizes = {layout.SIZE_AT: low, layout.SIZE_AT + 4: high}
+        await self._barrier_header([self._header_piece(map_offset, blocks, self._end, sizes)])
+        self.adopt_header(replace(self.header, size=size))
 
     # --- stability -------------------------------------------------------------------------------------------------
 
     def _collect(self, batch: Batch) -> None:
-        """The count of allocated blocks, then the map.
+        """What changed: the map to its other place if there is such, and the header's sector that names it."""
+        maps = self._maps
+        if not self.map.cache.changed and self._end == self.header.blocks_allocated:
+            batch.free(self.space)
+        elif maps is None or not maps.synced:
+            self._collect_in_place(batch)
+        else:
+            self._collect_other(batch, maps)
+
+    def _collect_in_place(self, batch: Batch) -> None:
+        """The count of allocated blocks, then the map where it is.
 
         The count becomes stable before the entries: it is where QEMU puts its next block, so it may be too high, but
         never too low. Crash before the map is written: the count promises blocks that nothing refers to.
         """
-        if self._end > self._count or (self._end < self._count and not self.map.cache.changed):
-            batch.hidden.add([self._header_piece(self._end)], partial(self._set_count, self._count))
-            self._set_count(self._end)
-        super()._collect(batch)
+        count, map_offset, blocks = self._end, self.header.map_offset, self.map.count
+        batch.free(self.space)
+        if count > self.header.blocks_allocated:
+            piece = self._header_piece(map_offset, blocks, count)
+            batch.hidden.add([piece], partial(self._header_written, self._sector))
+            self._header_written(piece[1])
+        pieces = self.map.collect(batch, batch.stage(self._barrier_map))
+        if self._maps is not None:
+            self._maps.note(pieces)
+        if count < self.header.blocks_allocated:
+            piece = self._header_piece(map_offset, blocks, count)
+            batch.stage(self._barrier_header).add([piece], lambda: None)
 
-    @property
-    def _count(self) -> int:
-        """``blocks_allocated`` as written last."""
-        at = layout.BLOCKS_ALLOCATED_AT
-        return int.from_bytes(self._sector[at : at + 4], "little")
+    def _collect_other(self, batch: Batch, maps: TwoMaps) -> None:
+        """The map, with placeholders for blocks that have no entry, becomes stable with the guest data."""
+        batch.free(self.space)
+        hidden = batch.hidden
+        if maps.uncertain:
+            batch.stage(self._barrier_header).add([(0, self._sector)], lambda: None)
+            hidden = batch.stage(self._barrier_map)
+        pieces = self.map.collect(batch, hidden, maps.other)
+        more, blocks = maps.placeholders(self._unmapped or ())
+        hidden.pieces += maps.missing(pieces) + more
+        header = self._header_piece(maps.other, blocks, self._end)
+        batch.stage(partial(self._barrier_switch, maps, pieces)).add([header], lambda: None)
 
-    def _set_count(self, count: int) -> None:
-        at = layout.BLOCKS_ALLOCATED_AT
-        self._sector[at : at + 4] = count.to_bytes(4, "little")
+    async def _barrier_switch(self, maps: TwoMaps, written: list[Piece], pieces: list[Piece]) -> None:
+        """One sector names the other map, with the number of its entries and the count of blocks they refer to.
 
-    def _header_piece(self, count: int) -> tuple[int, bytes]:
-        sector = bytearray(self._sector)
-        at = layout.BLOCKS_ALLOCATED_AT
-        sector[at : at + 4] = count.to_bytes(4, "little")
-        return 0, bytes(sector)
+        Crash before the barrier: it names the old map or the new one, both stable. Without it, a flush would be
+        answered while the disk has the old map, and the next commit would write over the one the disk has.
+        """
+        maps.uncertain = True
+        await self._barrier_header(pieces)
+        maps.switched(written)
+
+    async def _barrier_header(self, pieces: list[Piece]) -> None:
+        """The header's sector, which is old or new after a crash."""
+        await self.storage.write_stable(pieces)
+        self._header_written(bytes(pieces[-1][1]))
+
+    def _header_piece(
+        self, map_offset: int, blocks: int, count: int, more: Mapping[int, int] | None = None
+    ) -> tuple[int, bytes]:
+        fields = {layout.MAP_OFFSET_AT: map_offset, layout.BLOCKS_AT: blocks, layout.BLOCKS_ALLOCATED_AT: count}
+        return 0, layout.patched(self._sector, fields | dict(more or {}))
+
+    def _header_written(self, sector: bytes) -> None:
+        """The header's sector on disk is this one now."""
+        self._sector = sector
+        map_offset, blocks, count = (
+            int.from_bytes(sector[at : at + 4], "little")
+            for at in (layout.MAP_OFFSET_AT, layout.BLOCKS_AT, layout.BLOCKS_ALLOCATED_AT)
+        )
+        self.header = replace(self.header, map_offset=map_offset, blocks=blocks, blocks_allocated=count)
+        self.map.host_offset = map_offset
 
     async def _finish(self) -> None:
         """Leave a dense data area, the right count, and a file that ends where the data does."""
         if self._end != self._allocated:
+            await self._mark()
             await self._fill_holes()
             self._touched = True
-        if self._end != self._count:
+        if self._end != self.header.blocks_allocated:
+            await self._mark()
             await self._commits.settle()
             self._touched = True
         end = self._base + self._end * self._block
@@ -352,38 +454,25 @@ class VdiDriver(FlatImage):
     async def _fill_holes(self) -> None:
         """Move the last blocks of the data area into its holes.
 
-        Each copy is stable before the map refers to it, and the count is lowered after that: a crash leaves the old
-        place or the new one in the map, and a count that is too high.
+        Each copy is stable before the map refers to it: a crash leaves the old place or the new one in the map.
         """
         found = await self.scan()
         holes = (at for first, count in found.holes() for at in range(first, first + count))
         async for first, words in self.map.words(0, self.map.count):
             for index in np.flatnonzero((words >= found.allocated) & (words < ZEROED)).tolist():
-                target = next(holes)
-                await self._copy_block(int(words[index]), target)
-                await self.map.set(first + index, target)
-        await self._commits.commit()
+                source, target = (self._base + at * self._block for at in (int(words[index]), next(holes)))
+                await copy_unit(self.storage, source, target, self._block)
+                await self.map.set(first + index, (target - self._base) // self._block)
         self._end = self._allocated = found.allocated
-
-    async def _copy_block(self, source: int, target: int) -> None:
-        for at in range(0, self._block, _COPY):
-            data = await self.storage.read(self._base + source * self._block + at, min(_COPY, self._block))
-            await self.storage.write(self._base + target * self._block + at, data)
+        self._unmapped = set()
+        await self._commits.commit()
 
     # --- checking --------------------------------------------------------------------------------------------------
 
-    async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
-        """Compare the map with itself, with the count of allocated blocks, and with the file.
+    async def _check_file(self, *, repair_leaks: bool, repair_errors: bool) -> CheckResult:
+        from nbdserve.formats.vdi.check import VdiCheck  # noqa: PLC0415  (check works on drivers)
 
-        A repair works on the file; the image is to be opened anew.
-        """
-        from nbdserve.formats.vdi.check import check_vdi  # noqa: PLC0415  (check works on drivers)
-
-        if not self.read_only:
-            await self._commits.settle()
-            if repair_leaks or repair_errors:
-                self._stop_writing(f"{self.path}: repaired since it was opened, open it anew")
-        return await check_vdi(self, repair_leaks=repair_leaks, repair_errors=repair_errors)
+        return await VdiCheck(self).run(repair_leaks=repair_leaks, repair_errors=repair_errors)
 
 
 def _plan(size: int, options: Mapping[str, str]) -> Header:

@@ -6,6 +6,7 @@ u32 for each block of the disk: the number of its block in the data area, or FRE
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -36,7 +37,10 @@ MIN_BLOCK_SIZE: Final = 4096
 MAX_BLOCK_SIZE: Final = 64 * MIB
 MAX_SIZE: Final = 0x1FFF_FF80 * BLOCK_SIZE
 """Bytes of a disk whose map QEMU takes: it ends before 2 GiB."""
-_MAP_LIMIT: Final = 4 * GIB
+OFFSET_LIMIT: Final = 4 * GIB
+"""Of the fields with the offsets of the map and of the data."""
+PLACEHOLDER_ROOM: Final = 4096
+"""Bytes planned behind a map for placeholders."""
 
 NO_UUID: Final = UUID(int=0)
 
@@ -73,10 +77,12 @@ HEADER: Final[Any] = c.Struct(
 )
 assert HEADER.sizeof() == SECTOR_SIZE
 
-BLOCKS_ALLOCATED_AT: Final = 0x184
-"""Where the field is that changes when blocks are allocated: the sector is patched, never rewritten."""
+MAP_OFFSET_AT: Final = 0x154
+"""Where the fields are that change in an image: the sector is patched (``patched``), never built anew."""
+DATA_OFFSET_AT: Final = 0x158
 SIZE_AT: Final = 0x170
 BLOCKS_AT: Final = 0x180
+BLOCKS_ALLOCATED_AT: Final = 0x184
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +95,13 @@ class Header:
     map_offset: int
     data_offset: int
     blocks: int
-    """Entries of the map."""
+    """Entries of the map; those behind the disk's own (``disk_blocks``) are placeholders that no guest sees."""
     blocks_allocated: int
-    """Blocks of the data area in use. QEMU puts the next one there without looking, so no map entry may be greater."""
+    """Blocks of the data area in use. QEMU puts the next one there without looking, so each entry must be less; its
+    check wants exactly as many entries that refer to a block."""
     block_size: int = BLOCK_SIZE
+    header_size: int = HEADER_SIZE
+    """Behind the 72 bytes of the preheader."""
     flags: int = 0
     uuid: UUID = NO_UUID
     uuid_modified: UUID = NO_UUID
@@ -107,9 +116,19 @@ class Header:
         return self.type == TYPE_DIFFERENCING
 
     @property
-    def map_room(self) -> int:
-        """Entries there is room for before the data area."""
-        return (self.data_offset - self.map_offset) // 4
+    def disk_blocks(self) -> int:
+        """Entries of the map that the disk needs."""
+        return div_ceil(self.size, self.block_size)
+
+    @property
+    def end(self) -> int:
+        """Host offset of the first sector behind the header."""
+        return align_up(PREHEADER_LENGTH + self.header_size, SECTOR_SIZE)
+
+    @property
+    def map_among_data(self) -> bool:
+        """The map is in the place of a block: what is left of moving the data area (``room``)."""
+        return self.map_offset > self.data_offset
 
     @classmethod
     def parse(cls, data: bytes | bytearray, path: str, file_size: int) -> Header:
@@ -148,6 +167,7 @@ class Header:
             blocks=f.blocks,
             blocks_allocated=f.blocks_allocated,
             block_size=f.block_size,
+            header_size=f.header_size,
             flags=f.flags,
             uuid=UUID(bytes_le=f.uuid),
             uuid_modified=UUID(bytes_le=f.uuid_modified),
@@ -165,7 +185,8 @@ class Header:
             raise CorruptImageError(
                 path, f"too few for a disk of {self.size} bytes", field="blocks in image", value=self.blocks
             )
-        if self.map_room < self.blocks:
+        among = self.map_among_data and (self.map_offset - self.data_offset) % self.block_size == 0
+        if not among and self.map_offset + self.blocks * 4 > self.data_offset:
             raise CorruptImageError(
                 path,
                 f"the map of {self.blocks} blocks at {self.map_offset:#x} does not end before it",
@@ -196,7 +217,7 @@ class Header:
                 "text": TEXT.ljust(64, b"\0"),
                 "signature": SIGNATURE,
                 "version": VERSION_1_1,
-                "header_size": HEADER_SIZE,
+                "header_size": self.header_size,
                 "type": self.type,
                 "flags": self.flags,
                 "description": bytes(256),
@@ -221,14 +242,26 @@ class Header:
         return data
 
 
-def plan(size: int, *, static: bool = False) -> Header:
-    """The header of a new image of ``size`` bytes: the map is behind the header, the data area at a multiple of 1 MiB.
+def patched(sector: bytes | bytearray, fields: dict[int, int]) -> bytes:
+    """The header ``sector`` with other values in some of its 4-byte fields, by where they are."""
+    result = bytearray(sector)
+    for at, value in fields.items():
+        struct.pack_into("<I", result, at, value)
+    return bytes(result)
 
-    ValueError when the map would not end before 4 GiB, where the fields that point behind it end.
+
+def plan(size: int, *, static: bool = False) -> Header:
+    """The header of a new image of ``size`` bytes: the data area is at a multiple of 1 MiB.
+
+    Between header and data there is room for the map twice, and for 4 KiB of placeholders each time, except where the
+    data would begin behind 4 GiB, where the fields that point there end. ValueError when it does with one map too.
     """
     blocks = div_ceil(size, BLOCK_SIZE)
-    data_offset = align_up(SECTOR_SIZE + blocks * 4, BLOCK_SIZE)
-    if size > MAX_SIZE or data_offset >= _MAP_LIMIT:
+    map_length = align_up(blocks * 4, SECTOR_SIZE)
+    data_offset = align_up(SECTOR_SIZE + 2 * (map_length + PLACEHOLDER_ROOM), BLOCK_SIZE)
+    if data_offset >= OFFSET_LIMIT:
+        data_offset = align_up(SECTOR_SIZE + map_length, BLOCK_SIZE)
+    if size > MAX_SIZE or data_offset >= OFFSET_LIMIT:
         raise ValueError(f"a VDI image has at most {MAX_SIZE} bytes")
     return Header(
         type=TYPE_STATIC if static else TYPE_DYNAMIC,

@@ -49,6 +49,7 @@ def test_what_is_built_is_parsed() -> None:
         (0x154, 0, CorruptImageError, "map offset"),
         (0x154, 513, CorruptImageError, "map offset"),
         (0x154, 0xFFFFFE00, CorruptImageError, "data offset"),
+        (0x154, 9 * MIB, CorruptImageError, "map offset"),
         (0x158, 0, CorruptImageError, "data offset"),
         (0x158, MIB + 1, CorruptImageError, "data offset"),
         (0x158, 512, CorruptImageError, "data offset"),
@@ -88,11 +89,15 @@ def test_sizes_are_whole_sectors() -> None:
     assert Header.parse(_patched(0x170, 1000, "<Q"), "x", FILE).size == 1024
 
 
-@pytest.mark.parametrize("size", [0, 512, MIB, MIB + 512, 2 * TIB, layout.MAX_SIZE])
-def test_planned_data_is_aligned_and_behind_the_map(size: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "maps"),
+    [(0, 2), (512, 2), (MIB, 2), (MIB + 512, 2), (2 * TIB, 2), (layout.MAX_SIZE - 2 * TIB, 2), (layout.MAX_SIZE, 1)],
+)
+def test_planned_data_is_aligned_and_behind_the_maps(size: int, maps: int) -> None:
     header = plan(size)
     assert header.data_offset % MIB == 0
-    assert 512 + header.blocks * 4 <= header.data_offset <= 512 + header.blocks * 4 + MIB
+    least = 512 + maps * (header.blocks * 4 + (4096 if maps == 2 else 0))
+    assert least <= header.data_offset <= least + MIB + 1024
     assert header.blocks * MIB >= size > (header.blocks - 1) * MIB
 
 
@@ -108,3 +113,11 @@ def test_a_header_made_by_qemu(tmp_path: Path) -> None:
     header = Header.parse(data[:512], "a", len(data))
     assert (header.type, header.size, header.blocks, header.blocks_allocated) == (2, 3 * MIB, 3, 3)
     assert (header.map_offset, header.data_offset) == (512, 1024)
+
+
+def test_fields_are_patched() -> None:
+    sector = plan(10 * MIB).build()
+    changed = layout.patched(sector, {layout.BLOCKS_ALLOCATED_AT: 7, layout.MAP_OFFSET_AT: 1024})
+    header = Header.parse(changed, "x", FILE)
+    assert (header.blocks_allocated, header.map_offset) == (7, 1024)
+    assert sum(a != b for a, b in zip(sector, changed, strict=True)) == 2

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from tests.support.geometries.geometry import Contents, Field, Geometry, Kit
 from tests.support.geometries.making import Image, build, make, spec_of, stock_of
-from tests.support.images import ToolError
+from tests.support.images import Stock, ToolError
 
 __all__ = [
     "CRASH_GEOMETRIES",
@@ -75,7 +75,8 @@ def named(geometries: Sequence[Geometry], name: str) -> Geometry:
 def judge(geometry: Geometry, path: Path, scratch: Path, content: bytes) -> None:
     """What a crash left is ``content`` for others too, and their checker finds no worse than the format allows.
 
-    ToolError else. A repair that the format asks for is made on the files at ``path``.
+    ToolError else. A repair that the format asks for is made on the files at ``path``, and where the kit says so QEMU
+    writes on there.
     """
     if not geometry.stock:
         if geometry.reader is not None and geometry.reader(path) != content:
@@ -86,6 +87,18 @@ def judge(geometry: Geometry, path: Path, scratch: Path, content: bytes) -> None
         stock.check(codes=kit.crash_codes)
     if kit.crash_repair:
         stock.repair()
+    _same(stock, scratch, content)
+    if kit.crash_used:
+        model = bytearray(content)
+        places = range(0, len(content), kit.crash_used)
+        for at in places:
+            model[at : at + 512] = b"\x7b" * 512
+        stock.qemu_io([f"write -P 0x7b {at} 512" for at in places])
+        stock.check()
+        _same(stock, scratch, bytes(model))
+
+
+def _same(stock: Stock, scratch: Path, content: bytes) -> None:
     seen = stock.raw_content(scratch)
     if seen != content:
         at = next((i for i in range(0, len(content), 512) if seen[i : i + 512] != content[i : i + 512]), len(content))

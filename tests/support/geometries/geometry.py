@@ -93,6 +93,9 @@ class Kit:
     crash_repair: bool = False
     """After a crash ``qemu-img check -r all`` comes first: the format has a mark or a log for that (QED need_check,
     Parallels in_use, VHDX log), and QEMU's tools do not read the image before."""
+    crash_used: int = 0
+    """After the judgement of a crash, QEMU writes a sector into each unit of so many bytes, and the image is judged
+    once more: what it takes for granted when it allocates is still so."""
     crash_marks: int = 0
     """Errors our own check counts after a crash because of that mark."""
     fields: tuple[Field, ...] = ()

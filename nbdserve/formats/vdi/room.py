@@ -1,0 +1,150 @@
+"""Room for a second map in an image that has none, as those that QEMU makes: its data area begins further behind.
+
+The data area moves by whole blocks, so nearly all of them stay where they are in the file and have another number; the
+few at its beginning move to its end. QEMU's tools can use and check the image after a crash at any point, for only two
+sectors change what it means, both of them the header's:
+
+1. The first blocks are copied to the end of the file, behind them is a new map. The header's sector then names that
+   map. It has placeholders (``two_maps``) for the blocks that were moved away, and for the one the map itself is in:
+   QEMU's next block goes behind it.
+2. A second new map, with the blocks' new numbers and no placeholders, is written where the data area began. The header
+   then names that map and the new beginning at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from nbdserve.errors import UnsupportedImageError
+from nbdserve.extents import Int64Array
+from nbdserve.formats.flat_image import copy_unit
+from nbdserve.formats.flat_map import FlatMap
+from nbdserve.formats.tables import AnyWords
+from nbdserve.formats.vdi import layout
+from nbdserve.formats.vdi.layout import ZEROED, Header
+from nbdserve.formats.vdi.two_maps import TwoMaps, placeholder_words
+from nbdserve.storage.base import Storage
+from nbdserve.units import SECTOR_SIZE, align_up, div_ceil
+
+_WORD = 4
+
+
+async def make_room(storage: Storage, header: Header, sector: bytes) -> tuple[Header, bytes]:
+    """The header and its sector, with the room made where it can be.
+
+    It cannot where the data area has holes (closing the image mends that), or ends behind 4 GiB, where the map's offset
+    must not be. OSError.
+    """
+    if header.type == layout.TYPE_STATIC or TwoMaps.of(header) is not None:
+        return header, sector
+    found = await _map_of(storage, header).scan(_units, header.disk_blocks)
+    allocated, block = found.allocated, header.block_size
+    if not allocated == found.end == len(found.used) == header.blocks_allocated or header.blocks != header.disk_blocks:
+        return header, sector
+    shift = _blocks_to_move(header)
+    length = align_up(header.disk_blocks * _WORD, SECTOR_SIZE)
+    most_placeholders = 2 * (shift + div_ceil(length, block) + 1)
+    map_blocks = div_ceil(length + align_up(most_placeholders * _WORD, SECTOR_SIZE), block)
+    unused = max(allocated, shift)
+    first_map_block = allocated + shift
+    map_offset = header.data_offset + first_map_block * block
+    if map_offset + map_blocks * block >= layout.OFFSET_LIMIT:
+        return header, sector
+    for number in range(min(allocated, shift)):
+        await copy_unit(
+            storage, header.data_offset + number * block, header.data_offset + (unused + number) * block, block
+        )
+    moved = await _write_map(storage, _map_of(storage, header), map_offset, shift, unused)
+    placeholders = [*range(shift), *range(first_map_block, first_map_block + map_blocks)]
+    words, entries = placeholder_words(header.disk_blocks, placeholders)
+    await storage.write_stable([(map_offset + header.disk_blocks * _WORD, words)])
+    header, sector = await _write_header(
+        storage,
+        replace(header, map_offset=map_offset, blocks=entries, blocks_allocated=moved + len(placeholders)),
+        sector,
+    )
+    return await finish(storage, header, sector)
+
+
+async def finish(storage: Storage, header: Header, sector: bytes) -> tuple[Header, bytes]:
+    """The second step, for an image whose map lies among the data. UnsupportedImageError if it is not such a one."""
+    if not header.map_among_data:
+        return header, sector
+    found = await _map_of(storage, header).scan(_units, layout.ZEROED)
+    block = header.block_size
+    map_block = (header.map_offset - header.data_offset) // block
+    shift = min(int(found.used[0]), map_block) if len(found.used) else _blocks_to_move(header)
+    end = max(found.end - shift, 0)
+    new = replace(header, map_offset=header.end, data_offset=header.data_offset + shift * block)
+    maps = TwoMaps.of(replace(new, blocks=header.disk_blocks))
+    own = range(map_block, map_block + div_ceil(header.blocks * _WORD, block))
+    if (
+        maps is None
+        or end - len(found.used) > maps.most
+        or new.data_offset > header.map_offset
+        or len(found.used) != found.allocated
+        or found.outside
+        or np.isin(found.used, own).any()
+    ):
+        raise UnsupportedImageError(
+            storage.path,
+            "the map lies among the data, in a way that is not known",
+            field="map offset",
+            value=header.map_offset,
+            hint="it can be read; convert the image",
+        )
+    await _write_map(storage, _map_of(storage, header), new.map_offset, 0, -shift)
+    holes = [at - shift for first, count in found.holes(shift) for at in range(first, first + count)]
+    words, entries = placeholder_words(header.disk_blocks, holes) if holes else (b"", header.disk_blocks)
+    await storage.write_stable([(new.map_offset + header.disk_blocks * _WORD, words)])
+    new = replace(new, blocks=entries, blocks_allocated=end)
+    header, sector = await _write_header(storage, new, sector)
+    await storage.truncate(new.data_offset + end * block)
+    return header, sector
+
+
+def _units(words: AnyWords) -> tuple[Int64Array, npt.NDArray[np.bool_]]:
+    return words.astype(np.int64), words < ZEROED
+
+
+def _map_of(storage: Storage, header: Header) -> FlatMap:
+    return FlatMap(storage, header.map_offset, header.disk_blocks)
+
+
+def _blocks_to_move(header: Header) -> int:
+    """So many that there is room for two maps and some placeholders."""
+    need = 2 * (align_up(header.disk_blocks * _WORD, SECTOR_SIZE) + layout.PLACEHOLDER_ROOM)
+    return max(1, div_ceil(header.end + need - header.data_offset, header.block_size))
+
+
+async def _write_map(storage: Storage, source: FlatMap, target: int, below: int, add: int) -> int:
+    """Copy a map; blocks ``below`` (0: all of them) get another number. How many entries refer to a block."""
+    count = 0
+    async for first, words in source.words(0, source.count):
+        values = words.astype(np.int64)
+        placed = values < ZEROED
+        count += int(placed.sum())
+        values[placed & (values < below) if below else placed] += add
+        await storage.write(target + first * _WORD, values.astype("<u4").tobytes())
+    return count
+
+
+async def _write_header(storage: Storage, header: Header, sector: bytes) -> tuple[Header, bytes]:
+    """One sector: the image is the old one or the new one.
+
+    Crash before the flush: either, and what both refer to is stable.
+    """
+    sector = layout.patched(
+        sector,
+        {
+            layout.MAP_OFFSET_AT: header.map_offset,
+            layout.DATA_OFFSET_AT: header.data_offset,
+            layout.BLOCKS_AT: header.blocks,
+            layout.BLOCKS_ALLOCATED_AT: header.blocks_allocated,
+        },
+    )
+    await storage.write_stable([(0, sector)])
+    return header, sector
