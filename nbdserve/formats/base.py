@@ -348,6 +348,29 @@ class FormatDriver(ABC):
         """
         raise NotImplementedError
 
+    # --- internal snapshots ----------------------------------------------------------------------------------------
+
+    async def create_snapshot(self, name: str, *, icount: int | None = None) -> SnapshotInfo:
+        """Keep the disk as it is now. Stable on return.
+
+        No request is under way, here and for the other two; what the engine remembers of the mapping is void afterwards
+        (``Node.reshape``). ``icount`` is what a virtual machine counts.
+        ConfigError for an impossible name, CorruptImageError for an image that has to be repaired first,
+        RequestError(ENOTSUP) for one that has no snapshots.
+        """
+        raise NotImplementedError
+
+    async def apply_snapshot(self, wanted: str) -> None:
+        """Make the disk, its size included, what the snapshot with this id, or else this name, has.
+
+        ImageError: there is none.
+        """
+        raise NotImplementedError
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """Forget a snapshot. ImageError: there is none with this id."""
+        raise NotImplementedError
+
     async def flush(self) -> None:
         """All changes of the mapping published before this call, and the data behind them, are stable on return."""
         await self.data.flush()

@@ -39,8 +39,6 @@ class Allocator:
         cluster_bits: int,
         metadata: set[int],
         corrupt: Callable[[str], NoReturn],
-        *,
-        punch: bool,
     ) -> None:
         self.quarantine: list[ClusterRange] = []
         self.metadata = metadata
@@ -51,7 +49,7 @@ class Allocator:
         self._refcounts = refcounts
         self._cluster_bits = cluster_bits
         self._corrupt = corrupt
-        self.punch = punch
+        self.punch = False
         """What becomes free is given back to the file system."""
         self._cursor = 0  # nothing below it is free, except in the extent
         self._free = self._free_end = 0  # an extent of free clusters, inside one refcount block

@@ -38,8 +38,10 @@ _MAX_OUTSIDE: Final = 1 << 16
 class Analysis:
     """One pass over an image: what is wrong, and what a repair has to know."""
 
-    def __init__(self, storage: Storage, metadata: Metadata) -> None:
+    def __init__(self, storage: Storage, metadata: Metadata, *, window_clusters: int = WINDOW_CLUSTERS) -> None:
         self.storage = storage
+        self.window_clusters = window_clusters
+        """Clusters whose counts are in memory at once."""
         self.metadata = metadata
         self.header = metadata.header
         self.findings: Findings = metadata.findings
@@ -74,22 +76,26 @@ class Analysis:
         self.result.total_clusters = div_ceil(self.header.size, self.header.cluster_size)
         highest = 0
         async for window, refcounts, unknown in self.windows(report=True):
-            self.count_structure(window, report=True)
-            self._report_overflow(window)
-            highest = max(highest, self._compare(window, refcounts, unknown))
+            highest = max(highest, self.judge(window, refcounts, unknown))
         self.result.image_end_offset = (highest + 1) << self._bits
+
+    def judge(self, window: Window, refcounts: Counts, unknown: BoolArray | None) -> int:
+        """Count the refcount structure too, and compare; the highest cluster in use, or -1."""
+        self.count_structure(window, report=True)
+        self._report_overflow(window)
+        return self._compare(window, refcounts, unknown)
 
     async def refcount_windows(self) -> AsyncIterator[tuple[int, Counts, BoolArray | None]]:
         """The refcounts on disk, window by window: the first, and each that has references or refcounts.
 
         Yields the first cluster, the refcounts, and which of them cannot be read (None: all can).
         """
-        per_window = WINDOW_CLUSTERS // self.header.refcount_block_entries
+        per_window = self.window_clusters // self.header.refcount_block_entries
         counted = set((np.flatnonzero(self.refcounts.block_offsets) // per_window).tolist())
-        number, last = 0, (self.total - 1) // WINDOW_CLUSTERS
+        number, last = 0, (self.total - 1) // self.window_clusters
         while number <= last:
-            first = number * WINDOW_CLUSTERS
-            yield first, *await self.refcounts.read(first, min(WINDOW_CLUSTERS, self.total - first))
+            first = number * self.window_clusters
+            yield first, *await self.refcounts.read(first, min(self.window_clusters, self.total - first))
             later = [found for found in self._windows | counted if number < found <= last]
             number = min(later, default=last + 1)
 
@@ -102,6 +108,13 @@ class Analysis:
             window = Window(first, len(refcounts))
             await self._count(window, refcounts, unknown, compare_copied=report)
             yield window, refcounts, unknown
+
+    async def count_all(self, clusters: int) -> Window:
+        """Every reference, those of the refcount structure too; nothing is reported."""
+        window = Window(0, clusters)
+        await self._count(window, np.empty(0, np.uint8), None, compare_copied=False)
+        self.count_structure(window)
+        return window
 
     # --- counting --------------------------------------------------------------------------------------------------
 
@@ -145,7 +158,7 @@ class Analysis:
                 self._outside(offset, length, 1)
             return
         first, last = offset >> self._bits, (offset + length - 1) >> self._bits
-        self._windows.update(range(first // WINDOW_CLUSTERS, last // WINDOW_CLUSTERS + 1))
+        self._windows.update(range(first // self.window_clusters, last // self.window_clusters + 1))
         window.add_range(first, last)
 
     def _add_clusters(self, window: Window, offsets: Int64Array, weight: Int64Array, *, report: bool) -> None:
@@ -158,8 +171,8 @@ class Analysis:
         if len(offsets) == 0:
             return
         clusters = offsets >> self._bits
-        if report and self.total > WINDOW_CLUSTERS:
-            self._windows.update(np.unique(clusters // WINDOW_CLUSTERS).tolist())
+        if report and self.total > self.window_clusters:
+            self._windows.update(np.unique(clusters // self.window_clusters).tolist())
         window.add(clusters, weight)
         crossing = offsets & (self.header.cluster_size - 1) != 0
         if crossing.any():
@@ -183,8 +196,8 @@ class Analysis:
                 self._outside_many(offsets[~inside], weight[~inside])
             offsets, ends, weight = offsets[inside], ends[inside], weight[inside]
         clusters, last = offsets >> self._bits, (ends - 1) >> self._bits
-        if report and self.total > WINDOW_CLUSTERS:
-            self._windows.update(np.unique(last // WINDOW_CLUSTERS).tolist())
+        if report and self.total > self.window_clusters:
+            self._windows.update(np.unique(last // self.window_clusters).tolist())
         while len(clusters):
             window.add(clusters, weight)
             more = clusters < last

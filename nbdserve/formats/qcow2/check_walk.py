@@ -8,7 +8,7 @@ however many snapshots share it: its references count as often as L1 tables name
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
@@ -21,7 +21,7 @@ from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.bitmap_directory import read_bitmap_directory
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.refcounts import Counts, decode_counts
-from nbdserve.formats.qcow2.snapshots import read_snapshots
+from nbdserve.formats.qcow2.snapshots import Snapshot, read_snapshots
 from nbdserve.formats.tables import decode_words
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up, div_ceil
@@ -91,10 +91,17 @@ async def read_words(storage: Storage, offset: int, count: int) -> UInt64Array:
 
 async def read_metadata(storage: Storage, header: Header) -> Metadata:
     """Read the small tables, and report what is wrong with their entries. CorruptImageError, OSError."""
-    findings = Findings()
-    cluster_size = header.cluster_size
     l1 = await read_words(storage, header.l1_offset, header.l1_entries)
     snapshots, snapshot_bytes = await read_snapshots(storage, header)
+    return await gather_metadata(storage, header, l1, snapshots, snapshot_bytes)
+
+
+async def gather_metadata(
+    storage: Storage, header: Header, l1: UInt64Array, snapshots: Sequence[Snapshot], snapshot_bytes: int
+) -> Metadata:
+    """The metadata of an image with this active L1 table, and these snapshots in a table of ``snapshot_bytes``."""
+    findings = Findings()
+    cluster_size = header.cluster_size
     regions = [
         (0, cluster_size),
         (header.l1_offset, header.l1_entries * 8),

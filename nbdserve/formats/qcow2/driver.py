@@ -12,7 +12,8 @@ import numpy as np
 
 from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO, Run, RunStream
-from nbdserve.formats.base import Allocation
+from nbdserve.formats.base import Allocation, SnapshotInfo
+from nbdserve.formats.qcow2 import snapshot_changes
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.formats.qcow2.layout import (
@@ -25,6 +26,7 @@ from nbdserve.formats.qcow2.layout import (
 )
 from nbdserve.formats.qcow2.resize import preallocate_qcow2, resize_qcow2
 from nbdserve.formats.qcow2.runs import iter_runs
+from nbdserve.formats.qcow2.snapshots import describe
 from nbdserve.formats.tables import L2Table, Words, run_from
 from nbdserve.units import div_ceil
 
@@ -330,3 +332,21 @@ class Qcow2Driver(Qcow2Image):
     def discard(self, offset: int, length: int) -> int | None:
         """As ``zero``: what was discarded reads as zeroes."""
         return self.zero(offset, length, unmap=True)
+
+    # --- internal snapshots ----------------------------------------------------------------------------------------
+
+    async def create_snapshot(self, name: str, *, icount: int | None = None) -> SnapshotInfo:
+        """The disk as it is now becomes a snapshot; the file is changed where the driver was opened read-only, too."""
+        async with self.replaced_tables():
+            snapshot = await snapshot_changes.create_snapshot(self.storage, name, icount=icount)
+        return describe(snapshot, self.header)
+
+    async def apply_snapshot(self, wanted: str) -> None:
+        """A snapshot becomes the disk; what that has now is lost."""
+        async with self.replaced_tables():
+            await snapshot_changes.apply_snapshot(self.storage, wanted)
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        """What no other snapshot and not the disk uses becomes free."""
+        async with self.replaced_tables():
+            await snapshot_changes.delete_snapshot(self.storage, snapshot_id)

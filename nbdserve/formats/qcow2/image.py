@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Final, NoReturn, Self
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, NoReturn, Self
 
 import numpy as np
 
@@ -14,18 +15,15 @@ from nbdserve.formats.base import (
     BackingReference,
     CheckResult,
     Companion,
-    CreateOption,
     FormatDriver,
-    ImageInfo,
 )
-from nbdserve.formats.luks.layout import Header as LuksHeader
 from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.allocator import Allocator
 from nbdserve.formats.qcow2.backing import set_backing
 from nbdserve.formats.qcow2.commit import Committer, HeaderSector
 from nbdserve.formats.qcow2.compressed import CompressedClusters
-from nbdserve.formats.qcow2.create import CREATE_OPTIONS, create_qcow2, parse_encryption, plan_image, virtual_size
 from nbdserve.formats.qcow2.encryption import open_encryption
+from nbdserve.formats.qcow2.format import Qcow2Format
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.layout import (
     COPIED,
@@ -33,7 +31,7 @@ from nbdserve.formats.qcow2.layout import (
 )
 from nbdserve.formats.qcow2.metadata import metadata_clusters
 from nbdserve.formats.qcow2.refcounts import Refcounts
-from nbdserve.formats.qcow2.snapshots import Snapshot, describe, find_snapshot, read_snapshots
+from nbdserve.formats.qcow2.snapshots import find_snapshot, read_snapshots
 from nbdserve.formats.tables import L2Cache, L2Table, Table, decode_words
 from nbdserve.storage.base import Storage
 from nbdserve.storage.draft import Draft
@@ -54,15 +52,8 @@ async def read_header(storage: Storage) -> tuple[Header, bytes]:
     return Header.parse(data, storage.path, storage.size), bytes(data[:SECTOR_SIZE].ljust(SECTOR_SIZE, b"\0"))
 
 
-class Qcow2Image(FormatDriver):
+class Qcow2Image(Qcow2Format):
     """The parts of an open qcow2 image that do not depend on the form of L2 entries."""
-
-    name: ClassVar[str] = "qcow2"
-    create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
-    backing_formats: ClassVar[tuple[str, ...] | None] = None
-    has_snapshots: ClassVar[bool] = True
-    takes_data_file: ClassVar[bool] = True
-    preallocation_modes: ClassVar[tuple[str, ...]] = ("metadata", "falloc", "full")
 
     def __init__(self, storage: Storage, data: Storage, header: Header, l1: Table, options: Mapping[str, Any]) -> None:
         self.storage, self.data, self.path = storage, data, storage.path
@@ -71,13 +62,11 @@ class Qcow2Image(FormatDriver):
         self.size = header.size
         self.cluster_size = self.granularity = header.cluster_size
         self.l1 = l1
-        self.snapshots: list[Snapshot] = []
         self.cache = L2Cache(header.cluster_size)
         if header.backing_name is not None:
             self.backing = BackingReference(header.backing_name, header.backing_format)
         self.data_file = data
         """What ``data`` is in: where that encrypts, the file under it."""
-        self._luks_header: LuksHeader | None = None
         self.has_backing = self.backing is not None or bool(options.get("has_backing", False))
         """Something below may show where this layer does not decide."""
         self.backing_end = 1 << 63 if self.has_backing else 0
@@ -100,12 +89,11 @@ class Qcow2Image(FormatDriver):
         self._loading: dict[int, asyncio.Task[None]] = {}
         self._compressed = CompressedClusters(storage, header.cluster_bits, header.compression_type)
         # Only of a writable image:
+        self._punch = options.get("discard") == "unmap"
         self._protected: set[int] = set()
         """Clusters with metadata, which no data may be written to. Empty when data is in a file of its own."""
         self._broken = ""
         """Why nothing may be changed any more."""
-        self._marking: asyncio.Task[None] | None = None
-        """Sets the corrupt bit in the header."""
         self._starved = False
         """A synchronous method found no free clusters in memory, or too many changes waiting for a commit."""
 
@@ -142,7 +130,7 @@ class Qcow2Image(FormatDriver):
             if header.incompatible & layout.INCOMPATIBLE_DIRTY:
                 await cls._repair_dirty(storage, header, options)
                 return await cls.open(storage, options, read_only=False)
-            await driver._open_writable(sector, snapshot_table_bytes, options)
+            await driver._open_writable(sector, snapshot_table_bytes)
         return driver
 
     @classmethod
@@ -221,7 +209,7 @@ class Qcow2Image(FormatDriver):
         await cls.open(draft, options, read_only=False)
         await draft.apply()
 
-    async def _open_writable(self, sector: bytes, snapshot_table_bytes: int, options: Mapping[str, Any]) -> None:
+    async def _open_writable(self, sector: bytes, snapshot_table_bytes: int) -> None:
         self.read_only = False
         self.header_sector = HeaderSector(self.storage, sector)
         self.refcounts = await Refcounts.open(self.storage, self.header)
@@ -230,8 +218,8 @@ class Qcow2Image(FormatDriver):
         )
         if not self.external:
             self._protected = metadata
-        punch = options.get("discard") == "unmap"
-        self.allocator = Allocator(self.storage, self.refcounts, self._bits, metadata, self._corruption, punch=punch)
+        self.allocator = Allocator(self.storage, self.refcounts, self._bits, metadata, self._corruption)
+        self.allocator.punch = self._punch
         self.committer = Committer(
             self.storage, self.data_file, self.header_sector, self.l1, self.cache, self.refcounts, self.allocator
         )
@@ -242,41 +230,6 @@ class Qcow2Image(FormatDriver):
         if autoclear & ~layout.AUTOCLEAR_DATA_FILE_RAW:
             kept = autoclear & layout.AUTOCLEAR_DATA_FILE_RAW
             await self.header_sector.patch(layout.AUTOCLEAR_AT, kept.to_bytes(8, "big"))
-
-    @classmethod
-    def validate_create(cls, size: int, options: Mapping[str, str]) -> None:
-        """ConfigError as for ``create``."""
-        plan_image(size, options)
-
-    @classmethod
-    def encrypts(cls, options: Mapping[str, str]) -> bool:
-        """With ``encrypt.format``."""
-        return parse_encryption(options) is not None
-
-    @classmethod
-    def created_size(cls, size: int, options: Mapping[str, str]) -> int:
-        """Whole sectors."""
-        return virtual_size(size)
-
-    @classmethod
-    def created_companions(cls, path: str, size: int, options: Mapping[str, str]) -> Sequence[str]:
-        """The external data file."""
-        return (options["data_file"],) if options.get("data_file") else ()
-
-    @classmethod
-    async def create(
-        cls,
-        storage: Storage,
-        size: int,
-        options: Mapping[str, str],
-        *,
-        companions: Sequence[Storage] = (),
-        backing: FormatDriver | None = None,
-        secret: bytes | None = None,
-    ) -> None:
-        """Make ``storage`` an empty image of ``size`` bytes."""
-        data_file = companions[0] if companions else None
-        await create_qcow2(storage, size, options, data_file_storage=data_file, secret=secret)
 
     async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
         """Compare refcounts, tables and COPIED flags. What was written before is flushed first.
@@ -290,33 +243,6 @@ class Qcow2Image(FormatDriver):
             if repair_leaks or repair_errors:
                 self._stop_writing(f"{self.path}: repaired since it was opened, open it anew")
         return await check_qcow2(self, repair_leaks=repair_leaks, repair_errors=repair_errors)
-
-    def info(self) -> ImageInfo:
-        """The facts of this layer."""
-        header = self.header
-        specific: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
-        specific["compression-type"] = layout.COMPRESSION_NAMES[header.compression_type]
-        specific["refcount-bits"] = header.refcount_bits
-        if header.version >= 3:
-            specific["lazy-refcounts"] = bool(header.compatible & layout.COMPATIBLE_LAZY_REFCOUNTS)
-            specific["corrupt"] = bool(self._marking or header.incompatible & layout.INCOMPATIBLE_CORRUPT)
-            specific["extended-l2"] = header.extended_l2
-        if header.crypt_method != layout.CRYPT_NONE:
-            name, luks_header = layout.CRYPT_NAMES[header.crypt_method], self._luks_header
-            specific["encrypt"] = {"format": name} if luks_header is None else luks_header.describe(name)
-        if header.has_data_file:
-            specific["data-file"] = header.data_file_name
-            specific["data-file-raw"] = header.data_file_raw
-        return ImageInfo(
-            format=self.name,
-            virtual_size=self.size,
-            cluster_size=header.cluster_size,
-            backing=self.backing,
-            dirty=bool(header.incompatible & layout.INCOMPATIBLE_DIRTY),
-            encrypted=header.crypt_method != layout.CRYPT_NONE,
-            specific=specific,
-            snapshots=[describe(snapshot, header) for snapshot in self.snapshots],
-        )
 
     # --- tables and free clusters ----------------------------------------------------------------------------------
 
@@ -410,6 +336,36 @@ class Qcow2Image(FormatDriver):
             raise RequestError(errno.EIO, self._broken)
         if self.read_only:
             raise RequestError(errno.EPERM, f"{self.path}: the image is open read-only")
+
+    @asynccontextmanager
+    async def replaced_tables(self) -> AsyncIterator[None]:
+        """Inside, somebody changes the tables on disk; nothing waits in memory, and afterwards they are read anew."""
+        if not self.read_only or self._broken:
+            self.check_writable()
+            await self.committer.settle()
+        try:
+            yield
+        finally:
+            await self.reload()
+
+    async def reload(self) -> None:
+        """Take everything from the disk anew, where the tables were replaced. Nothing in memory was to be written."""
+        try:
+            header, sector = await read_header(self.storage)
+            self.snapshots, table_bytes = await read_snapshots(self.storage, header)
+            words = decode_words(await self.storage.read(header.l1_offset, header.l1_entries * 8))
+            self.header, self.size, self.l1 = header, header.size, Table(header.l1_offset, words)
+            self.cache = L2Cache(header.cluster_size)
+            self._recent = self.cache.recent
+            self._compressed = CompressedClusters(self.storage, header.cluster_bits, header.compression_type)
+            self.zeroes_fast = header.version >= 3 and not header.data_file_raw
+            if not self.external:
+                self.host_limit = self.storage.size
+            if not self.read_only:
+                await self._open_writable(sector, table_bytes)
+        except BaseException as error:
+            self._stop_writing(f"{self.path}: its tables were replaced, and cannot be read: {error}")
+            raise
 
     def put_l1(self, table: Table) -> None:
         """From now on this is the L1 table; the header follows."""

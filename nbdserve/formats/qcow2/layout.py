@@ -127,6 +127,7 @@ REFCOUNT_TABLE_FIELDS_AT: Final = 48
 """``refcount_table_offset`` (u64), ``refcount_table_clusters`` (u32)."""
 INCOMPATIBLE_AT: Final = 72
 AUTOCLEAR_AT: Final = 88
+REFCOUNT_ORDER_AT: Final = 96
 
 
 def in_range(path: str, field: str, value: int, low: int, high: int) -> None:

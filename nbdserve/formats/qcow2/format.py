@@ -1,0 +1,94 @@
+"""qcow2 as a format: what can be made, and what an image says of itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from nbdserve.formats.base import CreateOption, FormatDriver, ImageInfo
+from nbdserve.formats.luks.layout import Header as LuksHeader
+from nbdserve.formats.qcow2 import layout
+from nbdserve.formats.qcow2.create import CREATE_OPTIONS, create_qcow2, parse_encryption, plan_image, virtual_size
+from nbdserve.formats.qcow2.header import Header
+from nbdserve.formats.qcow2.snapshots import Snapshot, describe
+from nbdserve.storage.base import Storage
+
+
+class Qcow2Format(FormatDriver):
+    """The parts of the driver that need neither tables nor data."""
+
+    name: ClassVar[str] = "qcow2"
+    create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
+    backing_formats: ClassVar[tuple[str, ...] | None] = None
+    has_snapshots: ClassVar[bool] = True
+    takes_data_file: ClassVar[bool] = True
+    preallocation_modes: ClassVar[tuple[str, ...]] = ("metadata", "falloc", "full")
+
+    header: Header
+    snapshots: Sequence[Snapshot] = ()
+    _luks_header: LuksHeader | None = None
+    _marking: asyncio.Task[None] | None = None
+    """Sets the corrupt bit in the header."""
+
+    @classmethod
+    def validate_create(cls, size: int, options: Mapping[str, str]) -> None:
+        """ConfigError as for ``create``."""
+        plan_image(size, options)
+
+    @classmethod
+    def encrypts(cls, options: Mapping[str, str]) -> bool:
+        """With ``encrypt.format``."""
+        return parse_encryption(options) is not None
+
+    @classmethod
+    def created_size(cls, size: int, options: Mapping[str, str]) -> int:
+        """Whole sectors."""
+        return virtual_size(size)
+
+    @classmethod
+    def created_companions(cls, path: str, size: int, options: Mapping[str, str]) -> Sequence[str]:
+        """The external data file."""
+        return (options["data_file"],) if options.get("data_file") else ()
+
+    @classmethod
+    async def create(
+        cls,
+        storage: Storage,
+        size: int,
+        options: Mapping[str, str],
+        *,
+        companions: Sequence[Storage] = (),
+        backing: FormatDriver | None = None,
+        secret: bytes | None = None,
+    ) -> None:
+        """Make ``storage`` an empty image of ``size`` bytes."""
+        data_file = companions[0] if companions else None
+        await create_qcow2(storage, size, options, data_file_storage=data_file, secret=secret)
+
+    def info(self) -> ImageInfo:
+        """The facts of this layer."""
+        header = self.header
+        specific: dict[str, Any] = {"compat": "0.10" if header.version == 2 else "1.1"}
+        specific["compression-type"] = layout.COMPRESSION_NAMES[header.compression_type]
+        specific["refcount-bits"] = header.refcount_bits
+        if header.version >= 3:
+            specific["lazy-refcounts"] = bool(header.compatible & layout.COMPATIBLE_LAZY_REFCOUNTS)
+            specific["corrupt"] = bool(self._marking or header.incompatible & layout.INCOMPATIBLE_CORRUPT)
+            specific["extended-l2"] = header.extended_l2
+        if header.crypt_method != layout.CRYPT_NONE:
+            name, luks_header = layout.CRYPT_NAMES[header.crypt_method], self._luks_header
+            specific["encrypt"] = {"format": name} if luks_header is None else luks_header.describe(name)
+        if header.has_data_file:
+            specific["data-file"] = header.data_file_name
+            specific["data-file-raw"] = header.data_file_raw
+        return ImageInfo(
+            format=self.name,
+            virtual_size=self.size,
+            cluster_size=header.cluster_size,
+            backing=self.backing,
+            dirty=bool(header.incompatible & layout.INCOMPATIBLE_DIRTY),
+            encrypted=header.crypt_method != layout.CRYPT_NONE,
+            specific=specific,
+            snapshots=[describe(snapshot, header) for snapshot in self.snapshots],
+        )
