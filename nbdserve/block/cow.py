@@ -7,7 +7,8 @@ After a lock is taken the mapping is asked again: it may have changed while wait
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING, Final
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
 
@@ -27,7 +28,11 @@ _STRETCH: Final = 256 * MIB
 """The longest range of the mapping that is changed under one lock and in one turn of the event loop."""
 _ZERO_BY_STORAGE: Final = 64 * KIB
 """Zeroes shorter than this are written along with the data; longer ones are left to fallocate."""
-_ZERO_WRITE: Final = MIB
+_ZERO_STEP: Final = MIB
+"""New space that is zeroed under one lock."""
+
+_Filling: TypeAlias = Callable[[Allocation, int], Awaitable[None]]
+"""Puts so many bytes of the guest, and around them what the allocation is to hold, into new space."""
 
 
 async def write(node: Node, offset: int, data: memoryview) -> None:
@@ -70,10 +75,33 @@ async def _overwrite(node: Node, offset: int, data: memoryview) -> int:
 
 async def _write_new(node: Node, offset: int, data: memoryview) -> int:
     """Write the start of ``data`` to newly allocated space; the bytes written (0: the mapping changed, look again)."""
+
+    async def fill(allocation: Allocation, length: int) -> None:
+        await node.data.write_all(await _content(node, allocation, offset, data[:length]))
+
+    return await _fill_new(node, offset, len(data), fill)
+
+
+async def _zero_new(node: Node, offset: int, length: int, *, unmap: bool) -> int:
+    """As ``_write_new``, of zeroes: the storage makes them. Offset and length are multiples of a sector."""
+
+    async def fill(allocation: Allocation, length: int) -> None:
+        start, stop = allocation.offset, allocation.offset + allocation.length
+        pieces: list[tuple[int, ReadBuffer]] = []
+        await _fill(node, allocation, start, offset, pieces)
+        await _fill(node, allocation, offset + length, stop, pieces)
+        if pieces:
+            await node.data.write_all(pieces)
+        await node.data.zero(allocation.host_offset + offset - start, length, unmap=unmap)
+
+    return await _fill_new(node, offset, length, fill)
+
+
+async def _fill_new(node: Node, offset: int, length: int, fill: _Filling) -> int:
     top = node.top
-    end = offset + len(data)
+    end = offset + length
     async with node.locks.exclusive(align_down(offset, top.cluster_size), align_up(end, top.cluster_size)):
-        kind, length, _ = await _lookup_writable(node, offset, len(data))
+        kind, length, _ = await _lookup_writable(node, offset, length)
         if kind == DATA:
             return 0
         end = offset + length
@@ -83,7 +111,7 @@ async def _write_new(node: Node, offset: int, data: memoryview) -> int:
             await top.prepare(start, wanted)
         end = min(end, start + allocation.length)
         try:
-            await node.data.write_all(await _content(node, allocation, offset, data[: end - offset]))
+            await fill(allocation, end - offset)
         except Exception:
             # A cancelled write may still be under way in a worker thread: its space is then leaked, never reused.
             top.abandon(allocation)
@@ -136,16 +164,24 @@ async def _fill(node: Node, allocation: Allocation, start: int, end: int, pieces
 
 async def _reads_zero(node: Node, offset: int, length: int) -> bool:
     """Whether the mapping alone tells that the range reads as zeroes."""
-    end = offset + length
-    while offset < end:
-        kind, length, index, _ = resolve(node.layers, offset, end - offset)
+    return await _zero_run(node, offset, length) == (True, length)
+
+
+async def _zero_run(node: Node, offset: int, length: int) -> tuple[bool, int]:
+    """Whether the mapping alone tells that the start of the range reads as zeroes, and how far this goes."""
+    position, end = offset, offset + length
+    zeroes = False
+    while position < end:
+        kind, run, index, _ = resolve(node.layers, position, end - position)
         if kind == NEEDS_TABLE:
-            await node.layers[index].load(offset)
-        elif kind == ZERO:
-            offset += length
-        else:
-            return False
-    return True
+            await node.layers[index].load(position)
+            continue
+        if position == offset:
+            zeroes = kind == ZERO
+        elif zeroes is not (kind == ZERO):
+            break
+        position += run
+    return zeroes, position - offset
 
 
 async def zero(node: Node, offset: int, length: int, *, unmap: bool, fast: bool = False) -> None:
@@ -159,43 +195,45 @@ async def zero(node: Node, offset: int, length: int, *, unmap: bool, fast: bool 
     top = node.top
     if fast and not top.zeroes_fast:
         raise OSError(errno.ENOTSUP, "the image cannot be zeroed faster than it is written")
+    in_mapping = top.can("zero")
     while offset < end:
         start = align_up(offset, top.granularity)
         stop = end if end == node.size else align_down(end, top.granularity)
         if start > offset or stop <= start:
             part = min(start if start > offset else end, end) - offset
-            await _zero_part(node, offset, part, unmap=unmap, fast=False)
-            offset += part
+            offset += await _zero_data(node, offset, part, unmap=unmap, fast=False)
             continue
         stop = min(stop, start + _STRETCH)
-        async with node.locks.exclusive(align_down(start, top.cluster_size), align_up(stop, top.cluster_size)):
-            while (done := node.zero_mapping(start, stop - start, unmap=unmap)) is None:
-                await top.load(start)
-        if not done:
-            done = min(stop - start, _STRETCH)
-            await _zero_part(node, start, done, unmap=unmap, fast=fast)
-        offset = start + done
+        done: int | None = 0
+        if in_mapping:
+            async with node.locks.exclusive(align_down(start, top.cluster_size), align_up(stop, top.cluster_size)):
+                while (done := node.zero_mapping(start, stop - start, unmap=unmap)) is None:
+                    await top.load(start)
+            if not done and start % top.cluster_size:
+                stop = min(stop, align_up(start, top.cluster_size))  # the mapping may be asked again from there on
+        offset = start + (done or await _zero_data(node, start, stop - start, unmap=unmap, fast=fast))
     # The guarded ends come last, so that a fast zero that is refused has left everything as it was.
     for start, stop in guarded:
         await _write_guarded(node, start, memoryview(bytes(stop - start)))
 
 
-async def _zero_part(node: Node, offset: int, length: int, *, unmap: bool, fast: bool) -> None:
-    """Zero a range the format has no metadata for: in place, skipping what reads as zeroes already."""
-    end = offset + length
-    while offset < end:
-        async with node.locks.shared(offset, end):
-            kind, length, host_offset = await _lookup_writable(node, offset, end - offset)
-            if kind == DATA:
-                await node.data.zero(host_offset, length, unmap=unmap, fast=fast)
-                offset += length
-                continue
-            length = min(length, _ZERO_WRITE)
-            if await _reads_zero(node, offset, length):
-                offset += length
-                continue
-        length = await _write_new(node, offset, memoryview(bytes(length)))
-        offset += length
+async def _zero_data(node: Node, offset: int, length: int, *, unmap: bool, fast: bool) -> int:
+    """Zero the start of a range the format has no metadata for, in place or in new space; the bytes done.
+
+    What reads as zeroes already is skipped. 0: the mapping changed, look again.
+    """
+    async with node.locks.shared(offset, offset + length):
+        kind, length, host_offset = await _lookup_writable(node, offset, length)
+        if kind == DATA:
+            await node.data.zero(host_offset, length, unmap=unmap, fast=fast)
+            return length
+        zeroes, length = await _zero_run(node, offset, min(length, _ZERO_STEP))
+        if zeroes:
+            return length
+    head = -offset % SECTOR_SIZE
+    if head or length < _ZERO_BY_STORAGE:
+        return await _write_new(node, offset, memoryview(bytes(min(length, head or length))))
+    return await _zero_new(node, offset, align_down(length, SECTOR_SIZE), unmap=unmap)
 
 
 async def discard(node: Node, offset: int, length: int) -> None:

@@ -104,11 +104,17 @@ def rows(part: Any) -> list[tuple[int, ...]]:
 
 
 async def overlay(
-    base: Storage | None, size: int, *, cluster_size: int = 4096, storage: Storage | None = None, **policy: Any
+    base: Storage | None,
+    size: int,
+    *,
+    cluster_size: int = 4096,
+    storage: Storage | None = None,
+    compat: str = "1.1",
+    **policy: Any,
 ) -> Node:
     """A qcow2 of ``size`` bytes in memory over a raw ``base``."""
     image = storage or MemoryStorage(path="overlay.qcow2")
-    await Qcow2Driver.create(image, size, {"cluster_size": str(cluster_size)} | _backing(base))
+    await Qcow2Driver.create(image, size, {"cluster_size": str(cluster_size), "compat": compat} | _backing(base))
     layers: list[FormatDriver] = [await Qcow2Driver.open(image, {}, read_only=False)]
     if base is not None:
         layers.append(RawDriver(base, 0, base.size, read_only=True))

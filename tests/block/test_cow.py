@@ -16,10 +16,15 @@ from nbdserve.block.cow import is_zero
 from nbdserve.block.node import Node
 from nbdserve.block.writer import WRITE_WAIT
 from nbdserve.errors import RequestError
+from nbdserve.extents import DATA, UNALLOCATED, ZERO
+from nbdserve.formats.raw_cow.driver import RawCowDriver
+from nbdserve.formats.vhdx.create import create_vhdx
+from nbdserve.formats.vhdx.structure import read_structure
 from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.memory import MemoryStorage
 from nbdserve.units import KIB, MIB
 from tests.block.layers import Scripted, overlay, raw_node
+from tests.formats.vhdx.helpers import finish, made, node_on
 
 CLUSTER = 4096
 QCOW2_HEADER = b"QFI\xfb\x00\x00\x00\x03" + bytes(504)
@@ -179,6 +184,91 @@ async def test_zeroing_what_reads_as_zeroes_allocates_nothing() -> None:
     top.writes.clear()
     await node.zero(100, CLUSTER * 3)
     assert top.writes == []
+
+
+class Measured(MemoryStorage):
+    """Notes what is written, and what is zeroed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.written = 0
+        self.zeroed: list[tuple[int, int, bool]] = []
+
+    async def write(self, offset: int, data: ReadBuffer) -> None:
+        self.written += len(data)
+        await super().write(offset, data)
+
+    async def zero(self, offset: int, length: int, *, unmap: bool = True, fast: bool = False) -> None:
+        self.zeroed.append((offset, length, unmap))
+        await super().zero(offset, length, unmap=unmap)
+
+
+async def test_zeroes_that_begin_and_end_inside_blocks_cost_no_more_than_these() -> None:
+    """Blocks of 8 MiB over a parent that has data: the four whole ones are a change of the mapping."""
+    parent = await made(48 * MIB, "block_size=16M")
+    below = await node_on(parent)
+    for offset in range(0, 48 * MIB, 16 * MIB):
+        await below.write(offset, b"p" * 100)
+        await below.write(offset + 9 * MIB, b"q" * 100)
+    await finish(below)
+    child = Measured(path="child.vhdx")
+    await create_vhdx(
+        child,
+        48 * MIB,
+        {"block_size": "8M", "backing_file": "parent.vhdx", "backing_fmt": "vhdx"},
+        await read_structure(parent),
+    )
+    node = await node_on(child, parent)
+    await node.write(41 * MIB, b"r" * 100)
+    child.written, child.zeroed = 0, []
+    await node.zero(3 * MIB + 100, 38 * MIB)
+    data_zeroed = sum(length for _, length, _ in child.zeroed)
+    assert data_zeroed <= 6 * MIB
+    assert max(length for _, length, _ in child.zeroed) <= MIB
+    assert child.written < 64 * KIB
+    kinds = [run[0] for block in range(6) if (run := node.top.lookup(block * 8 * MIB, 512)) is not None]
+    assert kinds == [UNALLOCATED, ZERO, ZERO, ZERO, ZERO, DATA]
+    assert await node.read(0, 200) == b"p" * 100 + bytes(100)
+    for offset in (3 * MIB + 100, 9 * MIB, 16 * MIB, 25 * MIB, 32 * MIB, 40 * MIB, 41 * MIB):
+        assert await node.read(offset, 100) == bytes(100)
+    assert await node.read(41 * MIB, 200) == bytes(200)
+    assert await node.read(3 * MIB, 200) == bytes(200)
+
+
+@pytest.mark.parametrize("unmap", [True, False])
+async def test_new_space_is_zeroed_by_the_storage_and_only_where_something_shows(unmap: bool) -> None:
+    """raw-cow has no word for zeroes; its base is a qcow2 image with a hole from 1 to 3 MiB."""
+    below = await overlay(None, 4 * MIB, cluster_size=64 * KIB)
+    await below.write(0, b"b" * MIB)
+    await below.write(3 * MIB, b"c" * MIB)
+    raw = Measured(path="vm.img")
+    image = MemoryStorage(path="vm.raw-cow")
+    options = {"raw_file": "vm.img", "backing_file": "base", "backing_fmt": "qcow2"}
+    await RawCowDriver.create(image, 4 * MIB, options, companions=[raw])
+    top = await RawCowDriver.open(image, {"companions": [raw]}, read_only=False)
+    node = Node([top, *below.layers], unmap=True)
+    await node.zero(300 * KIB + 7, 3 * MIB, unmap=unmap)
+    model = bytearray(b"b" * MIB + bytes(2 * MIB) + b"c" * MIB)
+    model[300 * KIB + 7 : 300 * KIB + 7 + 3 * MIB] = bytes(3 * MIB)
+    assert await node.read(0, 4 * MIB) == model
+    assert raw.written < 192 * KIB
+    assert sum(length for _, length, _ in raw.zeroed) < MIB + 64 * KIB
+    assert {given for _, _, given in raw.zeroed} == {unmap}
+    assert top.lookup(MIB, 2 * MIB) == (UNALLOCATED, 2 * MIB, -1)
+
+
+async def test_new_space_that_could_not_be_zeroed_is_not_shown() -> None:
+    class Full(MemoryStorage):
+        async def zero(self, offset: int, length: int, *, unmap: bool = True, fast: bool = False) -> None:
+            raise OSError(errno.ENOSPC, "full")
+
+    base, content = _base(256 * KIB)
+    node = await overlay(base, 256 * KIB, cluster_size=64 * KIB, storage=Full(path="top"), compat="0.10")
+    with pytest.raises(OSError, match="full"):
+        await node.zero(0, 256 * KIB, unmap=False)
+    assert await node.read(0, 256 * KIB) == content
+    await node.write(0, b"x" * 100)
+    assert await node.read(0, 200) == b"x" * 100 + content[100:200]
 
 
 async def test_a_discarded_cluster_does_not_show_the_base_again() -> None:
