@@ -45,10 +45,18 @@ class Images:
         return fresh
 
     def warm(self, case: Case) -> None:
-        """Read the case's files into the page cache."""
-        buffer = bytearray(8 << 20)
+        """Read the case's files into the page cache: for reads as read-ahead does it, for writes page by page.
+
+        Where a file system caches in large folios (ext4 since Linux 6.16), a 4 KiB write into one of 2 MiB costs 35 us
+        in the kernel, into a single page 2 us. The first is all one would see, whoever serves.
+        """
+        buffer = bytearray(1 << 20)
         for path in self._files(case):
             with path.open("rb", buffering=0) as file:
+                if case.writes:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
                 while file.readinto(buffer):
                     pass
 
