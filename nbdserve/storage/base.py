@@ -105,6 +105,14 @@ class Storage(ABC):
     async def truncate(self, size: int) -> None:
         """Set the size; new space reads as zeroes."""
 
+    async def extend(self, size: int) -> None:
+        """Make it at least ``size`` bytes long; new space reads as zeroes.
+
+        Unlike ``truncate`` it never cuts off what is written past the end meanwhile.
+        """
+        if size > self.size:
+            await self.truncate(size)
+
     @abstractmethod
     async def host_map(self, offset: int, length: int, max_runs: int = 1 << 16) -> RunArray:
         """What is a hole: DATA and ZERO runs from ``offset``, at most ``max_runs``, none past ``offset + length``.

@@ -8,11 +8,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final, TypeAlias
 
 import numpy as np
 
 from nbdserve.buffers import ZEROES, fill_zeroes
+from nbdserve.errors import ImageError
 from nbdserve.extents import DATA, ZERO, RunArray
 from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.syscalls import (
@@ -28,8 +30,33 @@ from nbdserve.units import MIB, align_down, align_up
 FullWrite: TypeAlias = Callable[[int, int, ReadBuffer], None]
 """``write_fully``, or its direct I/O form: ``(fd, offset, data)``."""
 
+_MODE: Final = 0o644
 _UNSUPPORTED: Final = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY))
 """What a file system or a driver answers that has no such call. EINVAL is not among them: it is a fault of ours."""
+
+
+def open_image_file(path: str, flags: int, opened: list[int]) -> int:
+    """Open without waiting for the other end of a FIFO, which is refused later; the descriptor goes to ``opened``, too.
+
+    ImageError naming the path.
+    """
+    try:
+        fd = os.open(path, flags | os.O_NONBLOCK, _MODE)
+    except (OSError, ValueError) as error:
+        problem = error.strerror if isinstance(error, OSError) else str(error)
+        raise ImageError(path, f"cannot be opened: {problem}") from error
+    opened.append(fd)
+    os.set_blocking(fd, True)
+    return fd
+
+
+def sync_directory_of(path: str) -> None:
+    """fsync of the directory ``path`` is in."""
+    fd = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def read_fully(fd: int, offset: int, buffer: memoryview) -> None:
@@ -53,6 +80,21 @@ def write_fully(fd: int, offset: int, data: ReadBuffer) -> None:
             if count == 0:
                 raise OSError(errno.EIO, "the kernel wrote nothing")
             done += count
+
+
+def extend_file(fd: int, size: int) -> None:
+    """Make the file at least ``size`` > 0 bytes long, whoever else is writing past its end.
+
+    A look at the size and an ftruncate could cut off what is written between them. To allocate the last byte never
+    does, nor to append zeroes, which may go too far.
+    """
+    try:
+        fallocate(fd, 0, size - 1, 1)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        while (missing := size - os.fstat(fd).st_size) > 0:
+            os.pwritev(fd, [ZEROES[: min(missing, len(ZEROES))]], 0, os.RWF_APPEND)
 
 
 def write_zeroes(write: FullWrite, fd: int, offset: int, length: int) -> None:

@@ -9,7 +9,6 @@ import stat
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Final, Self, TypeVar, TypeVarTuple
 
 from nbdserve.errors import ConfigError, ImageError
@@ -38,7 +37,6 @@ CACHE_MODES: Final = ("writeback", "none", "writethrough", "directsync", "unsafe
 """QEMU's names. Here ``none`` and ``directsync`` mean O_DIRECT and ``unsafe`` a flush that does nothing; that each
 write of ``writethrough`` and ``directsync`` is followed by a flush is the block layer's, which knows the metadata."""
 
-_MODE: Final = 0o644
 _MEMORY_FILE_SYSTEMS: Final = frozenset((TMPFS_MAGIC, RAMFS_MAGIC))
 _KINDS: Final = {
     stat.S_IFDIR: "a directory",
@@ -126,7 +124,7 @@ class FileStorage(Storage):
         flags = (os.O_RDONLY if read_only else os.O_RDWR) | (os.O_CREAT if create else 0)
         opened: list[int] = []
         try:
-            fd = await worker_pool().run(_open_file, path, flags, opened)
+            fd = await worker_pool().run(blocking.open_image_file, path, flags, opened)
         except BaseException:
             for fd in opened:  # the task was cancelled while the file was opened
                 os.close(fd)
@@ -396,6 +394,15 @@ class FileStorage(Storage):
         finally:
             self._measure()
 
+    async def extend(self, size: int) -> None:
+        if self._is_device or size <= self.size:
+            await super().extend(size)
+            return
+        try:
+            await self._change(blocking.extend_file, self._fd, size)
+        finally:
+            self._measure()
+
     def _truncate(self, fd: int, size: int) -> None:
         with self._gate(size, 0):
             os.ftruncate(fd, size)
@@ -487,26 +494,6 @@ class FileStorage(Storage):
         await self._pool.run(os.close, fd)
 
 
-def _open_file(path: str, flags: int, opened: list[int]) -> int:
-    """Open without waiting for the other end of a FIFO; ``FileStorage`` then refuses what is no image."""
-    try:
-        fd = os.open(path, flags | os.O_NONBLOCK, _MODE)
-    except (OSError, ValueError) as error:
-        problem = error.strerror if isinstance(error, OSError) else str(error)
-        raise ImageError(path, f"cannot be opened: {problem}") from error
-    opened.append(fd)
-    os.set_blocking(fd, True)
-    return fd
-
-
-def _sync_parent(path: str) -> None:
-    fd = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 async def sync_parent(path: str) -> None:
     """Make the creation, renaming or removal of ``path`` itself stable: fsync of the directory it is in."""
-    await worker_pool().run(_sync_parent, path)
+    await worker_pool().run(blocking.sync_directory_of, path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from tests.support.model import ModelDisk, ModelError, stamps
@@ -25,6 +27,8 @@ async def _recorded(*steps: tuple[str, int, bytes | int]) -> Recorder:
             await store.zero(offset, value)
         elif kind == "truncate":
             await store.truncate(offset)
+        elif kind == "extend":
+            await store.extend(offset)
         else:
             await store.flush()
     return recorder
@@ -52,6 +56,21 @@ async def test_unsynced_changes_come_in_any_combination_of_sectors() -> None:
 async def test_growth_is_lost_without_a_flush() -> None:
     recorder = await _recorded(("write", 6 * SECTOR, b"x" * SECTOR), ("truncate", 9 * SECTOR, 0))
     assert {len(content) // SECTOR for _, content in _states(recorder)} == {4, 7, 9}
+
+
+async def test_extending_cuts_nothing_off_that_was_written_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder(jitter=0)
+    store = recorder.storage(bytes(4 * SECTOR))
+    go_on = asyncio.Event()
+    monkeypatch.setattr(recorder, "pause", go_on.wait)
+    extending = asyncio.create_task(store.extend(5 * SECTOR))
+    await asyncio.sleep(0)
+    while not store.try_write(6 * SECTOR, b"x" * SECTOR):
+        pass
+    go_on.set()
+    await extending
+    assert len(store.content) == 7 * SECTOR
+    assert {len(content) // SECTOR for _, content in _states(recorder)} == {4, 5, 7}
 
 
 async def test_a_flush_does_not_cover_what_is_in_flight() -> None:

@@ -104,3 +104,29 @@ def test_seek_map_with_the_size_of_the_caller(tmp_path: Path) -> None:
     found = blocking.seek_map(fd, 0, 20_000, 8192, 10)
     assert (found.kind.tolist(), found.length.tolist()) == ([DATA, ZERO], [8192, 11_808])
     os.close(fd)
+
+
+@pytest.mark.parametrize("modes", [(0,), ()])
+def test_extending_makes_longer_and_never_shorter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modes: tuple[int, ...]
+) -> None:
+    if not modes:
+        monkeypatch.setattr(blocking, "fallocate", file_system_with())
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    try:
+        os.pwrite(fd, b"x" * 5000, 0)
+        for size, length in ((4096, 5000), (5000, 5000), (3 << 20, 3 << 20)):
+            blocking.extend_file(fd, size)
+            assert os.fstat(fd).st_size == length
+        assert os.pread(fd, 4 << 20, 0) == b"x" * 5000 + bytes((3 << 20) - 5000)
+    finally:
+        os.close(fd)
+
+
+def test_a_full_disk_does_not_extend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, mode: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(blocking, "fallocate", full)
+    with (tmp_path / "file").open("w+b") as file, pytest.raises(OSError, match="No space left"):
+        blocking.extend_file(file.fileno(), 100)

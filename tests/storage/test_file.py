@@ -627,3 +627,20 @@ async def test_a_file_that_is_held_is_closed_when_it_is_let_go(path: str) -> Non
     with pytest.raises(OSError, match="is closed"):
         await storage.read(0, 4)
     await storage.close()
+
+
+async def test_what_is_written_while_the_file_is_extended_stays(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = await FileStorage.open(path)
+    extend_file = blocking.extend_file
+
+    def late(fd: int, size: int) -> None:
+        os.pwrite(fd, b"new", size)
+        extend_file(fd, size)
+
+    monkeypatch.setattr(blocking, "extend_file", late)
+    await storage.extend(MIB)
+    assert storage.size == MIB + 3
+    assert await storage.read(MIB, 3) == b"new"
+    await storage.extend(100)
+    assert storage.size == MIB + 3
+    await storage.close()

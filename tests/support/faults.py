@@ -89,6 +89,12 @@ class FaultyStorage(ByteStorage):
             raise self.faults.error()
         await super().truncate(size)
 
+    async def extend(self, size: int) -> None:
+        self._refuse_dead()
+        if self.faults.strikes("truncate"):
+            raise self.faults.error()
+        await super().extend(size)
+
     async def flush(self) -> None:
         self._refuse_dead()
         if self.faults.strikes("flush"):

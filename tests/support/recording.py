@@ -114,10 +114,10 @@ class Change:
 
     store: int
     kind: str
-    """``write``, ``zero``, ``discard`` or ``truncate``."""
+    """``write``, ``zero``, ``discard``, ``truncate`` or ``extend``."""
     offset: int
     length: int
-    """Bytes; of ``truncate`` the new size is ``offset``, and this is 0."""
+    """Bytes; of ``truncate`` and ``extend`` the new size is ``offset``, and this is 0."""
     data: bytes = b""
     completed: int | None = None
     """The log position at which the caller knew it was done; only from then on does a flush cover it."""
@@ -237,6 +237,10 @@ class RecordingStorage(ByteStorage):
     async def truncate(self, size: int) -> None:
         await self._run("truncate", size, b"", 0)
 
+    async def extend(self, size: int) -> None:
+        if size > self.size:
+            await self._run("extend", size, b"", 0)
+
     async def flush(self) -> None:
         site = caller_site()
         self.recorder.sites[site] = self.recorder.sites.get(site, 0) + 1
@@ -278,8 +282,9 @@ class RecordingStorage(ByteStorage):
 
 def apply_change(content: bytearray, change: Change) -> None:
     """Carry a whole ``change`` over to ``content``; a discard zeroes what exists, a zero extends like a write."""
-    if change.kind == "truncate":
-        resize(content, change.offset)
+    if change.kind in ("truncate", "extend"):
+        if change.kind == "truncate" or change.offset > len(content):
+            resize(content, change.offset)
         return
     data = change.data if change.kind == "write" else None
     apply_range(content, change, data, change.offset, change.offset + change.length)

@@ -143,7 +143,7 @@ class Replay:
 
     def _tear(self, content: bytearray, change: Change) -> None:
         """Keep some of the 512-byte sectors of a change: a head, a tail, or any."""
-        if change.kind == "truncate":
+        if change.kind in ("truncate", "extend"):
             if self.rng.random() < 0.5:
                 apply_change(content, change)
             return

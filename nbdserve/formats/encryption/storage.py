@@ -196,6 +196,10 @@ class EncryptedStorage(Storage):
         """Set the size; unlike elsewhere new space reads as noise."""
         await self.inner.truncate(self._start + size)
 
+    async def extend(self, size: int) -> None:
+        """Make it longer; unlike elsewhere new space reads as noise."""
+        await self.inner.extend(self._start + size)
+
     async def host_map(self, offset: int, length: int, max_runs: int = 1 << 16) -> RunArray:
         """All DATA: a hole is not what reads as zeroes."""
         return RunArray.of(offset, length, DATA, offset)

@@ -256,8 +256,7 @@ class VhdxDriver(VhdxImage):
 
     async def _cover_blocks(self) -> None:
         """The file is as long as the last block is, which some writers cut where the disk ends."""
-        if self.storage.size < self.space.end:
-            await self.storage.truncate(self.space.end)
+        await self.storage.extend(self.space.end)
         self.host_limit = max(self.host_limit, self.space.end)
 
     async def _take_zeroed(self, length: int) -> int:

@@ -49,8 +49,7 @@ class LogWriter:
 
         The first entry is stable before a header names the log: a log that is named always has an entry.
         """
-        if self._storage.size < self.end:
-            await self._storage.truncate(self.end)
+        await self._storage.extend(self.end)  # guest data may move the end further up meanwhile
         for first in range(0, len(pages), self._pages_per_entry):
             if first:
                 await self._storage.flush()

@@ -125,3 +125,16 @@ async def test_the_file_has_its_length_when_the_log_shows_blocks() -> None:
     (entry,) = await LogReader(storage, headers.header).active_sequence()
     assert (entry.flushed_file_offset, entry.last_file_offset) == (16 * MIB, 20 * MIB)
     assert len(stored(storage)) == 20 * MIB
+
+
+async def test_a_commit_cuts_nothing_off_that_is_written_meanwhile() -> None:
+    class Growing(MemoryStorage):
+        async def extend(self, size: int) -> None:
+            await self.write(size, b"new")  # arrives before the file is extended
+            await super().extend(size)
+
+    storage = Growing(size=4 * MIB)
+    writer, _ = _writer(storage)
+    writer.end = 8 * MIB
+    await writer.barrier_log([(3 * MIB, bytes(PAGE))])
+    assert await storage.read(8 * MIB, 3) == b"new"
