@@ -369,6 +369,7 @@ class VmdkDriver(FormatDriver):
         """``uncleanShutdown`` is set before the tables of an extent change.
 
         A crash may leave a grain table and its redundant copy with different entries; the mark tells others to look.
+        It only has to be written by then: the flush that stands before the tables of every commit covers it, too.
         """
         marking = list(dict.fromkeys(self._pending))
         for extent in marking:

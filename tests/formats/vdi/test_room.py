@@ -25,7 +25,7 @@ from tests.support.geometries.vdi import dissected
 from tests.support.recording import ByteStorage, Recorder
 from tests.support.replay import Replay
 
-STATES = int(os.environ.get("NBDSERVE_CRASH_STATES", "20"))
+STATES = int(os.environ.get("NBDSERVE_CRASH_STATES", "10"))
 
 pytestmark = images.needs_qemu
 
@@ -106,7 +106,7 @@ async def test_a_crash_at_any_point_leaves_a_clean_image(tmp_path: Path, order: 
         await driver.close()
         images.check(path, "vdi")
         assert flat.content(path, "vdi") == changed, str(state)
-    assert len(seen) > 6 and among
+    assert len(seen) > 4 and among
 
 
 async def test_the_repair_finishes_what_a_crash_left(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import struct
 
 import pytest
 
 from nbdserve.formats.vpc.space import BlockSpace
 from tests.support.recording import Barrier, ByteStorage, Change, Recorder
+from tests.support.replay import Replay
 
 FOOTER = b"conectix" + b"F" * 504
 END = 2048
@@ -132,3 +134,41 @@ async def test_open_only_after_the_first_block() -> None:
     assert not blocks.is_open
     await blocks.take(1)
     assert blocks.is_open
+
+
+async def _recorded(seed: int, ignored_site: str | None = None) -> Recorder:
+    """Blocks are taken, and entries that show them are made stable, which is what their taker does first."""
+    recorder = Recorder(seed, ignored_site=ignored_site)
+    storage = recorder.storage(bytes(END) + FOOTER)
+    blocks = space(storage)
+    for number in range(END // 512):
+        (place,) = await blocks.take(1)
+        await storage.write_stable([(number * 512, struct.pack(">I", place).ljust(512, b"\0"))])
+    return recorder
+
+
+def _faults(recorder: Recorder, seed: int) -> set[str]:
+    """What is wrong in some state a crash could have left."""
+    found = set()
+    for state in Replay(recorder, None, seed).states(300):
+        content = bytes(state.contents[0])
+        if not content.endswith(FOOTER):
+            found.add("no footer at the end")
+        for at in range(0, END, 512):
+            place = int.from_bytes(content[at : at + 4], "big")
+            if place and any(content[place : place + 4608]):
+                found.add("a block that is shown is not zeroes")
+    return found
+
+
+async def test_crashes_and_the_controls_without_either_barrier() -> None:
+    for seed in range(3):
+        recorder = await _recorded(seed)
+        assert not _faults(recorder, seed)
+    sites = {site.split(":")[1]: site for site in recorder.sites}
+    for function, fault in (
+        ("_barrier_new_footer", "no footer at the end"),
+        ("_barrier_old_footer", "a block that is shown is not zeroes"),
+    ):
+        faults = [_faults(await _recorded(seed, sites[function]), seed) for seed in range(3)]
+        assert fault in set().union(*faults), f"nobody misses {function}"
