@@ -120,6 +120,7 @@ async def serve(plan: Plan, ready: Callable[[list[Address]], None]) -> None:
     listeners = list(plan.listeners) or bind_all(plan.addresses)
     nodes: list[Node] = []
     admin: Admin | None = None
+    control: Control | None = None
     try:
         if plan.admin:
             admin = import_module("nbdserve.admin.start").Admin(plan.admin)
@@ -137,14 +138,19 @@ async def serve(plan: Plan, ready: Callable[[list[Address]], None]) -> None:
             for listener in listeners:
                 await server.listen(listener.sock)
             if admin is not None:
-                await admin.start(_control(stopping))
+                control = _control(plan, stopping, server)
+                await admin.start(control)
             _write_pid_file(plan.pid_file)
             ready([listener.address for listener in listeners])
             await stopping.first
         finally:
+            if control is not None:
+                await control.begin_end()
             await _drain(server, plan.drain_seconds, stopping)
             if admin is not None:
                 await admin.close()
+            if control is not None:
+                await control.close()
     finally:
         if admin is not None:
             admin.release()
@@ -153,8 +159,13 @@ async def serve(plan: Plan, ready: Callable[[list[Address]], None]) -> None:
         await _close(nodes)
 
 
-def _control(stopping: Stopping) -> Control:
-    control: Control = import_module("nbdserve.admin.control").Control(f"nbdserve {__version__}", stopping.stop)
+def _control(plan: Plan, stopping: Stopping, server: Server) -> Control:
+    """What the clients of the admin socket act on."""
+    package = f"nbdserve {__version__}"
+    control: Control = import_module("nbdserve.admin.control").Control(package, stopping.stop, server)
+    control.read_secret = import_module("nbdserve.config.secrets").secret_of_object
+    exports = zip(server.exports, (export.image.cache for export in plan.exports), strict=True)
+    control.adopt(exports, plan.image_roots, listening=bool(plan.listeners or plan.addresses))
     return control
 
 

@@ -18,11 +18,12 @@ Handler: TypeAlias = "Callable[[Control, Any], Awaitable[Any]]"
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """``run`` gets an instance of ``arguments`` and returns one of ``returns``, or None for ``{}``."""
+    """``run`` gets a value of ``arguments`` and returns one of ``returns``, or None for ``{}``."""
 
     name: str
     run: Handler
-    arguments: type[BaseModel] = Nothing
+    arguments: Any = Nothing
+    """A model, or a union of models."""
     returns: Any = None
     """The annotation of the result: a model, a list of them, or None."""
 

@@ -1,13 +1,24 @@
-"""What admin commands act on."""
+"""What admin commands act on: the nodes, exports, objects and jobs of the running server."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nbdserve.admin.command import Commands
-from nbdserve.admin.events import SHUTDOWN, Events, Shutdown
+from nbdserve.admin.events import RESUME, SHUTDOWN, STOP, Events, Shutdown
+from nbdserve.admin.exports import ExportControl, ExportEntry
+from nbdserve.admin.nodes import NodeEntry, NodeTable
+from nbdserve.admin.objects import ObjectTable
+from nbdserve.admin.opening import Opener
+from nbdserve.admin.paths import PathPolicy
 from nbdserve.admin.schema import Result
+from nbdserve.block.drain import drained
+from nbdserve.exports.export import Export
+from nbdserve.formats.registry import DRIVERS
+from nbdserve.server.server import Server
 
 QEMU_VERSION = (7, 2, 0)
 """Whose commands and texts these are; clients choose their ways by it."""
@@ -28,7 +39,11 @@ class VersionInfo(Result):
     package: str
 
 
-@dataclass
+def _no_secrets(properties: Mapping[str, str]) -> bytes:
+    raise NotImplementedError
+
+
+@dataclass(eq=False)
 class Control:
     """The running server, as commands see it."""
 
@@ -36,22 +51,90 @@ class Control:
     """Our own name and version."""
     stop: Callable[[], None]
     """End the server as the first signal does."""
+    server: Server
     commands: Commands = field(default_factory=dict)
-    events: Events = field(default_factory=Events)
+    read_secret: Callable[[Mapping[str, str]], bytes] = _no_secrets
+    """What the properties of a ``secret`` object describe; ConfigError. It may block."""
 
-    _asked_to_quit: bool = False
+    def __post_init__(self) -> None:
+        self.events = Events()
+        self.nodes = NodeTable()
+        self.paths = PathPolicy()
+        self.objects = ObjectTable()
+        self.exports = ExportControl(self.server, self.events)
+        self.opener = Opener(self.nodes, self.paths, self.objects.secrets)
+        self.quiesced: AsyncExitStack | None = None
+        """While ``stop`` holds all requests back."""
+        self._asked_to_quit = False
+
+    def adopt(self, exports: Iterable[tuple[Export, str]], roots: Iterable[str], *, listening: bool) -> None:
+        """Take in what the server was started with: exports, each with the cache mode of its node, and image roots."""
+        self.exports.listening = listening
+        for root in roots:
+            self.paths.add(root)
+        for export, cache in exports:
+            node = export.node
+            entry = next((entry for entry in self.nodes if entry.node is node), None)
+            if entry is None:
+                name = self.nodes.fitting_name(export.name or Path(node.path).name)
+                entry = NodeEntry(name, node.format, node, cache, permanent=True)
+                self.nodes.add(entry)
+                self.paths.add(Path(node.path).absolute().parent)
+            identity = export.name or entry.name
+            self.exports.adopt(ExportEntry(identity, export, entry, permanent=True))
+
+    async def quiesce(self) -> None:
+        """Hold back the requests of every exported disk until ``resume``. Once."""
+        if self.quiesced is not None:
+            return
+        held = AsyncExitStack()
+        nodes = {export.entry.node for export in self.exports}
+        await held.enter_async_context(drained(*nodes))
+        self.quiesced = held
+        self.events.emit(STOP)
+
+    async def resume(self) -> None:
+        """Undo ``quiesce``. Idempotent."""
+        held, self.quiesced = self.quiesced, None
+        if held is not None:
+            await held.aclose()
+            self.events.emit(RESUME)
 
     def quit(self) -> None:
         """End the server: a client asks for it."""
         self._asked_to_quit = True
         self.stop()
 
+    async def begin_end(self) -> None:
+        """The server ends: nothing is held back any more, and nobody new is accepted on sockets of commands."""
+        await self.resume()
+        self.exports.close_listeners()
+
     def announce_end(self) -> None:
         """Tell every client that the server ends, and why."""
         reason = "host-qmp-quit" if self._asked_to_quit else "host-signal"
         self.events.emit(SHUTDOWN, Shutdown(guest=False, reason=reason))
 
+    async def close(self) -> None:
+        """Close what commands have opened. The first error is raised after all is closed."""
+        await self.nodes.close()
+
     @property
     def version(self) -> VersionInfo:
+        """QEMU's, and our own as its package."""
         major, minor, micro = QEMU_VERSION
         return VersionInfo(qemu=VersionTriple(micro=micro, minor=minor, major=major), package=self.package)
+
+    def device_of(self, qdev: str) -> NodeEntry | None:
+        """The disk that ``query-block`` shows under this ``qdev``."""
+        return next((entry for entry in self.devices() if entry.name == qdev), None)
+
+    def devices(self) -> list[NodeEntry]:
+        """The disks that no other node uses, and those that are exported."""
+        exported = {export.entry for export in self.exports}
+        return [
+            entry
+            for entry in self.nodes
+            if entry in exported
+            or (entry.driver in DRIVERS and not any(user.startswith("node ") for user in entry.users))
+        ]

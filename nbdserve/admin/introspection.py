@@ -49,7 +49,7 @@ class _Schema:
             {
                 "name": command.name,
                 "meta-type": "command",
-                "arg-type": self.type_of(command.arguments),
+                "arg-type": self.type_of(command.arguments, f"{command.name}-arg"),
                 "ret-type": self.type_of(command.returns or Nothing),
                 "allow-oob": False,
             }

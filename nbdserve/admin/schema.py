@@ -7,9 +7,19 @@ about types, and no others. ``query-qmp-schema`` is made from the same models (`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin
+from functools import cache
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from nbdserve.admin.errors import QmpError
@@ -36,7 +46,7 @@ class Arguments(BaseModel):
             for name, field in cls.model_fields.items():
                 key = field.alias or name
                 if key in value and value[key] is None and NULLABLE not in field.metadata:
-                    expected = type_word(field.annotation)
+                    expected = type_word(Annotated[field.annotation, *field.metadata, None])
                     raise PydanticCustomError("null_given", "null", {"member": key, "expected": expected})
         return value
 
@@ -54,11 +64,25 @@ class Nothing(Arguments):
 NULLABLE: Final = "nullable"
 """In the annotation of a member that takes null as well."""
 
-Uint32 = Annotated[int, Field(ge=0, lt=1 << 32), "uint32_t"]
+
+def _within(end: int, words: str) -> AfterValidator:
+    def check(value: int) -> int:
+        if not 0 <= value < end:
+            raise PydanticCustomError("out_of_range", "range", {"words": words})
+        return value
+
+    return AfterValidator(check)
+
+
+Uint32 = Annotated[int, _within(1 << 32, "uint32_t")]
+Size = Annotated[int, _within(1 << 63, "a non-negative number below 2^64")]
 Int = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]
 AnyValue = Annotated[Any, NULLABLE]
 
-_Model = TypeVar("_Model", bound=BaseModel)
+
+@cache
+def _adapter(model: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(model)
 
 
 def union(member: str) -> Discriminator:
@@ -97,10 +121,10 @@ def qmp_field(member: str) -> str:
     return member.replace("-", "_")
 
 
-def validated(model: type[_Model], arguments: Mapping[str, Any]) -> _Model:
-    """The arguments as ``model``; QmpError with QEMU's text for the first mistake."""
+def validated(model: Any, arguments: Mapping[str, Any]) -> Any:
+    """The arguments as ``model``, or one of a union of models; QmpError with QEMU's text for the first mistake."""
     try:
-        return model.model_validate(arguments)
+        return _adapter(model).validate_python(arguments)
     except ValidationError as error:
         raise QmpError(_problem(error.errors(include_url=False)[0])) from None
 
@@ -139,9 +163,9 @@ def _problem(detail: ErrorDetails) -> str:
         return f"Parameter '{name}' does not accept value '{given}'"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return _union_problem(place, path, str(name), given, context["discriminator"].removesuffix("()"))
+    if kind == "out_of_range":
+        return f"Parameter '{name}' expects {context['words']}"
     if kind in ("greater_than_equal", "less_than", "greater_than", "less_than_equal"):
-        if context.get("ge") == 0 or context.get("lt") == 1 << 32:
-            return f"Parameter '{name}' expects uint32_t"
         return f"Invalid parameter type for '{path}', expected: integer"
     return f"Parameter '{path}': {detail['msg'].removeprefix('Value error, ')}"
 

@@ -83,6 +83,8 @@ async def _window(spec: ImageSpec, roots: ImageRoots) -> ImageSpec:
 
 
 async def _open_storage(spec: ImageSpec, roots: ImageRoots, *, read_only: bool) -> Storage:
+    if spec.opened is not None:
+        return spec.opened
     if spec.file is not None:
         return NodeStorage(await open_image(replace(spec.file, read_only=spec.file.read_only or read_only), roots))
     return await open_storage(spec, read_only=read_only)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
+from nbdserve.storage.base import Storage
 from nbdserve.storage.nbd_target import NbdTarget
 
 CACHE_MODES: Final = ("none", "writeback", "unsafe", "directsync", "writethrough")
@@ -36,6 +37,8 @@ class ImageSpec:
     """The image whose disk holds this one's bytes, instead of the file at ``path``, which then only names it."""
     nbd: NbdTarget | None = None
     """The NBD export that holds the bytes; ``path`` is then its URI. Said by the user, never by a header."""
+    opened: Storage | None = field(default=None, repr=False, compare=False)
+    """What holds its bytes, open already; whoever opens the image owns it from then on."""
     data_file: ImageSpec | None = None
     """The external data file, instead of the one the image's header names."""
     secret: bytes | None = field(default=None, repr=False)

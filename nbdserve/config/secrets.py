@@ -74,6 +74,11 @@ def secrets_of_objects(texts: Iterable[str]) -> dict[str, bytes]:
     return secrets
 
 
+def secret_of_object(properties: Mapping[str, str]) -> bytes:
+    """The secret that the properties of one such object describe. ConfigError as above."""
+    return _secret(dict(properties))[1]
+
+
 def _properties(text: str) -> dict[str, str]:
     if text.startswith("{"):
         try:

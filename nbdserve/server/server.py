@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from nbdserve.exports.export import ExportTable
+from nbdserve.exports.export import Export, ExportTable
 from nbdserve.server.connection import Connection
 from nbdserve.server.session import Buffers
 
@@ -67,6 +67,12 @@ class Server:
         if self._accepting or len(self._sockets) == 1:
             self._accepting = True
             asyncio.get_running_loop().add_reader(sock.fileno(), self._accept, sock)
+
+    def unlisten(self, sock: socket.socket) -> None:
+        """Accept no more clients of ``sock``; those that are there stay."""
+        self._sockets.remove(sock)
+        if self._accepting:
+            asyncio.get_running_loop().remove_reader(sock.fileno())
 
     def _set_accepting(self, accepting: bool) -> None:
         if accepting == self._accepting:
@@ -138,6 +144,12 @@ class Server:
         log.info("%s: dropped: no handshake in %g seconds", connection.peer, self.limits.handshake_seconds)
         self._negotiating.pop(connection, None)
         connection.abort()
+
+    def drop_clients(self, export: Export) -> None:
+        """Abort the connections that use ``export``; what they have in flight is finished, and nobody hears of it."""
+        for connection in list(self._clients):
+            if connection.session is not None and connection.session.export is export:
+                connection.abort()
 
     def entered(self, connection: Connection) -> None:
         """``connection`` has entered transmission."""

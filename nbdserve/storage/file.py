@@ -157,6 +157,10 @@ class FileStorage(Storage):
             raise
         return storage
 
+    async def share(self, *, cache: str = "writeback") -> Self:
+        """The same open file once more, under the locks this one has taken, which last until both are closed."""
+        return await self.from_fd(os.dup(self._fd), self.path, cache=cache, locking=False)
+
     def _make_direct(self, flags: int) -> DirectFile | None:
         if self._in_memory:  # its pages are the only copy: there is no cache to bypass
             return None

@@ -54,7 +54,7 @@ class RawClient:
         self.send(request)
         return self.reply()
 
-    def execute(self, name: str, **arguments: Any) -> Any:
+    def execute(self, name: str, /, **arguments: Any) -> Any:
         """The result of a command; its error's description, if it fails."""
         given = {key.rstrip("_").replace("_", "-"): value for key, value in arguments.items()}
         message = self.ask(json.dumps({"execute": name, "arguments": given}).encode())

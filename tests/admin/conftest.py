@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,21 @@ import pytest
 from nbdserve.admin.commands.table import COMMANDS
 from nbdserve.admin.control import Control
 from nbdserve.admin.server import AdminServer, bind_admin
+from nbdserve.config.secrets import secret_of_object
+from nbdserve.exports.export import ExportTable
 from nbdserve.server.addresses import UnixAddress
+from nbdserve.server.server import Server
 from tests.admin.clients import RawClient
+
+
+def new_control(stop: Callable[[], None] = lambda: None) -> Control:
+    """Of a server without clients."""
+    return Control("nbdserve test", stop, Server(ExportTable()), COMMANDS, secret_of_object)
 
 
 @pytest.fixture
 def control() -> Control:
-    return Control("nbdserve test", lambda: None, COMMANDS)
+    return new_control()
 
 
 @pytest.fixture

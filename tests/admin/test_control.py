@@ -1,13 +1,14 @@
+from functools import partial
 from typing import Any
 
-from nbdserve.admin.control import Control
+from tests.admin.conftest import new_control
 
 
 def test_clients_are_told_why_the_server_ends() -> None:
     for asked, reason in ((True, "host-qmp-quit"), (False, "host-signal")):
         stops: list[None] = []
         told: list[Any] = []
-        control = Control("nbdserve test", lambda stops=stops: stops.append(None))  # type: ignore[misc]
+        control = new_control(partial(stops.append, None))
         control.events.subscribe(told.append)
         if asked:
             control.quit()
@@ -17,6 +18,6 @@ def test_clients_are_told_why_the_server_ends() -> None:
 
 
 def test_the_version_is_one_whose_ways_clients_know() -> None:
-    version = Control("nbdserve test", lambda: None).version
+    version = new_control().version
     assert (version.qemu.major, version.qemu.minor) == (7, 2)
     assert version.package == "nbdserve test"

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.admin.control import Control
 from nbdserve.admin.start import Admin, _log_to_stderr, log
 from nbdserve.server.addresses import UnixAddress
 from tests.admin.clients import RawClient
+from tests.admin.conftest import new_control
 
 
 async def test_up_and_down(tmp_path: Path) -> None:
     path = tmp_path / "s"
     admin = Admin([UnixAddress(str(path))])
-    await admin.start(Control("nbdserve test", lambda: None))
+    await admin.start(new_control())
     client = await asyncio.to_thread(RawClient, str(path))
     client.close()
     await admin.close()

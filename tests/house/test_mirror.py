@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.house.repository import PACKAGE, TESTS, python_files, shown
 
 DECLARATIONS = {
+    "admin/blockdev.py",
     "block/spec.py",
     "protocol/constants.py",
     "storage/base.py",

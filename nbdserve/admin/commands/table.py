@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Final
 
 from nbdserve.admin.command import Command
-from nbdserve.admin.commands import protocol
+from nbdserve.admin.commands import exports, nodes, objects, protocol, vm
 
 COMMANDS: Final[dict[str, Command]] = {
-    command.name: command for module in (protocol,) for command in sorted(module.COMMANDS, key=lambda each: each.name)
+    command.name: command for module in (protocol, vm, objects, nodes, exports) for command in module.COMMANDS
 }

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeAlias
 
 import typer
 
+from nbdserve.block import description
 from nbdserve.block.graph import image_roots, open_alone, open_storage
 from nbdserve.block.spec import ImageSpec
 from nbdserve.config.image_opts import image_from_filename
@@ -58,6 +59,9 @@ SecretEnvOption: TypeAlias = Annotated[
 ]
 
 
+full_name = description.full_name
+
+
 def roots_for(path: str, given: list[Path] | None) -> ImageRoots:
     """The directories in which files named by headers may be."""
     return image_roots(path, given or [])
@@ -99,11 +103,6 @@ async def open_layer_on(
         await storage.close()
         raise
     return await open_alone(storage, name, roots, force_share=force_share, to_check=to_check)
-
-
-def full_name(image: str, named: str) -> str:
-    """The file a header calls ``named``: relative names begin at the directory of ``image``."""
-    return named if named.startswith("/") else image[: image.rfind("/") + 1] + named
 
 
 def print_json(value: Any) -> None:

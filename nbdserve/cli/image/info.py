@@ -11,6 +11,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from nbdserve.block.description import image_info
 from nbdserve.block.graph import MAX_CHAIN_DEPTH
 from nbdserve.cli.image.common import (
     FileArgument,
@@ -149,43 +150,7 @@ def _position(key: str) -> int:
 
 def as_json(layer: Layer) -> dict[str, Any]:
     """The object qemu-img prints."""
-    facts = layer.info
-    result: dict[str, Any] = {
-        "virtual-size": facts.virtual_size,
-        "filename": layer.path,
-        "format": facts.format,
-    }
-    if layer.disk_size is not None:
-        result["actual-size"] = layer.disk_size
-    if facts.dirty is not None:
-        result["dirty-flag"] = facts.dirty
-    if facts.cluster_size is not None:
-        result["cluster-size"] = facts.cluster_size
-    if facts.encrypted:
-        result["encrypted"] = True
-    if facts.specific:
-        result["format-specific"] = {"type": facts.format, "data": facts.specific}
-    if facts.backing is not None:
-        result["backing-filename"] = facts.backing.name
-        result["full-backing-filename"] = full_name(layer.path, facts.backing.name)
-        if facts.backing.format is not None:
-            result["backing-filename-format"] = facts.backing.format
-    if facts.snapshots:
-        result["snapshots"] = [_snapshot_json(snapshot) for snapshot in facts.snapshots]
-    return result
-
-
-def _snapshot_json(snapshot: SnapshotInfo) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "id": snapshot.id,
-        "name": snapshot.name,
-        "vm-state-size": snapshot.vm_state_size,
-        "date-sec": snapshot.date_sec,
-        "date-nsec": snapshot.date_nsec,
-        "vm-clock-sec": snapshot.vm_clock_nsec // _NSEC,
-        "vm-clock-nsec": snapshot.vm_clock_nsec % _NSEC,
-    }
-    return result if snapshot.icount is None else result | {"icount": snapshot.icount}
+    return image_info(layer.path, layer.info, layer.disk_size)
 
 
 def as_text(layer: Layer) -> str:

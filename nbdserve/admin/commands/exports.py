@@ -1,0 +1,186 @@
+"""Exports, and the NBD server that commands start."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal, TypeAlias
+
+from pydantic import Tag
+
+from nbdserve.admin.command import Command
+from nbdserve.admin.control import Control
+from nbdserve.admin.errors import QmpError
+from nbdserve.admin.schema import Arguments, Nothing, Result, Uint32, union
+from nbdserve.exports.export import Export
+from nbdserve.server.addresses import Address, TcpAddress, parse_port, unix_address
+
+
+class InetAddress(Arguments):
+    """InetSocketAddress."""
+
+    host: str
+    port: str
+
+
+class UnixPath(Arguments):
+    """UnixSocketAddress."""
+
+    path: str
+
+
+class InetBranch(Arguments):
+    """TCP."""
+
+    type: Literal["inet"]
+    data: InetAddress
+
+
+class UnixBranch(Arguments):
+    """A unix socket."""
+
+    type: Literal["unix"]
+    data: UnixPath
+
+
+SocketAddress: TypeAlias = Annotated[
+    Annotated[InetBranch, Tag("=inet")] | Annotated[UnixBranch, Tag("=unix")], union("type")
+]
+
+
+class ServerStart(Arguments):
+    """Of ``nbd-server-start``."""
+
+    addr: SocketAddress
+    tls_creds: str | None = None
+    tls_authz: str | None = None
+    max_connections: Uint32 = 0
+
+
+class ExportOptions(Arguments):
+    """BlockExportOptions of the type ``nbd``. I/O threads are accepted and change nothing."""
+
+    type: Literal["nbd"]
+    id: str
+    fixed_iothread: bool = False
+    iothread: str | None = None
+    node_name: str
+    writable: bool = False
+    name: str | None = None
+    description: str = ""
+    allocation_depth: bool = False
+
+
+class ExportRemove(Arguments):
+    """Of ``block-export-del``."""
+
+    id: str
+    mode: Literal["safe", "hard"] = "safe"
+
+
+class ServerAdd(Arguments):
+    """Of ``nbd-server-add``, which ``block-export-add`` has replaced."""
+
+    name: str | None = None
+    description: str = ""
+    device: str
+    writable: bool = False
+
+
+class ServerRemove(Arguments):
+    """Of ``nbd-server-remove``."""
+
+    name: str
+    mode: Literal["safe", "hard"] = "safe"
+
+
+class BlockExportInfo(Result):
+    """An export."""
+
+    id: str
+    type: str = "nbd"
+    node_name: str
+    shutting_down: bool
+
+
+async def nbd_server_start(control: Control, arguments: ServerStart) -> None:
+    """Listen on an address, besides those the server was started with."""
+    for name, kind in ((arguments.tls_creds, "TLS credentials"), (arguments.tls_authz, "authorization object")):
+        if name is not None:
+            raise QmpError(f"No {kind} with id '{name}'")
+    if arguments.max_connections:
+        raise QmpError("'max-connections': the bound is max_clients of [server], for all addresses together")
+    await control.exports.start_server(_address(arguments.addr))
+
+
+def _address(given: SocketAddress) -> Address:
+    if isinstance(given, UnixBranch):
+        return unix_address(given.data.path)
+    return TcpAddress(given.data.host or "*", parse_port(given.data.port))
+
+
+async def nbd_server_stop(control: Control, arguments: Nothing) -> None:
+    """Undo ``nbd-server-start``; exports that commands have added go, with their clients."""
+    control.exports.stop_server()
+
+
+async def block_export_add(control: Control, arguments: ExportOptions) -> None:
+    """Offer a node to NBD clients."""
+    name = arguments.node_name if arguments.name is None else arguments.name
+    if arguments.iothread is not None and control.objects.find(arguments.iothread, "iothread") is None:
+        raise QmpError(f'iothread "{arguments.iothread}" not found')
+    control.exports.check_id(arguments.id)
+    entry = control.nodes.get(arguments.node_name)
+    control.exports.check_name(name)
+    if arguments.writable and entry.node.read_only:
+        raise QmpError(f"Block node is read-only: '{entry.name}' cannot be exported writable")
+    export = Export(
+        name,
+        entry.node,
+        description=arguments.description,
+        read_only=not arguments.writable,
+        allocation_depth=arguments.allocation_depth,
+    )
+    control.exports.add(arguments.id, entry, export)
+
+
+async def block_export_del(control: Control, arguments: ExportRemove) -> None:
+    """Take an export away."""
+    control.exports.remove(arguments.id, hard=arguments.mode == "hard")
+
+
+async def nbd_server_add(control: Control, arguments: ServerAdd) -> None:
+    """``block-export-add`` with the export's name as its id; a disk that is read-only is exported so."""
+    entry = control.nodes.either(arguments.device)
+    name = arguments.name if arguments.name is not None else arguments.device
+    options = ExportOptions(
+        type="nbd",
+        id=name,
+        node_name=entry.name,
+        name=name,
+        description=arguments.description,
+        writable=arguments.writable and not entry.node.read_only,
+    )
+    await block_export_add(control, options)
+
+
+async def nbd_server_remove(control: Control, arguments: ServerRemove) -> None:
+    """``block-export-del``."""
+    control.exports.remove(arguments.name, hard=arguments.mode == "hard")
+
+
+async def query_block_exports(control: Control, arguments: Nothing) -> list[BlockExportInfo]:
+    """All there are, the newest first."""
+    return [
+        BlockExportInfo(id=export.id, node_name=export.entry.name, shutting_down=False)
+        for export in reversed(list(control.exports))
+    ]
+
+
+COMMANDS: Final = (
+    Command("nbd-server-start", nbd_server_start, ServerStart),
+    Command("nbd-server-stop", nbd_server_stop),
+    Command("nbd-server-add", nbd_server_add, ServerAdd),
+    Command("nbd-server-remove", nbd_server_remove, ServerRemove),
+    Command("block-export-add", block_export_add, ExportOptions),
+    Command("block-export-del", block_export_del, ExportRemove),
+    Command("query-block-exports", query_block_exports, returns=list[BlockExportInfo]),
+)

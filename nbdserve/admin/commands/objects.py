@@ -1,0 +1,125 @@
+"""``object-add`` and ``object-del``."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Final, Literal, TypeAlias
+
+from pydantic import Tag
+
+from nbdserve.admin.command import Command
+from nbdserve.admin.control import Control
+from nbdserve.admin.errors import QmpError
+from nbdserve.admin.objects import ObjectEntry
+from nbdserve.admin.schema import Arguments, Int, union
+
+
+class SecretObject(Arguments):
+    """A passphrase, in a file: on this socket it would be shown to whoever records the conversation."""
+
+    qom_type: Literal["secret"]
+    id: str
+    file: str | None = None
+    data: str | None = None
+    format: Literal["raw", "base64"] = "raw"
+
+
+class ThrottleLimits(Arguments):
+    """What a throttle group allows, of bytes and operations a second; 0: any. ``max`` is a burst, of ``length`` s."""
+
+    iops_total: Int = 0
+    iops_total_max: Int = 0
+    iops_total_max_length: Int = 1
+    iops_read: Int = 0
+    iops_read_max: Int = 0
+    iops_read_max_length: Int = 1
+    iops_write: Int = 0
+    iops_write_max: Int = 0
+    iops_write_max_length: Int = 1
+    bps_total: Int = 0
+    bps_total_max: Int = 0
+    bps_total_max_length: Int = 1
+    bps_read: Int = 0
+    bps_read_max: Int = 0
+    bps_read_max_length: Int = 1
+    bps_write: Int = 0
+    bps_write_max: Int = 0
+    bps_write_max_length: Int = 1
+    iops_size: Int = 0
+
+
+class ThrottleGroup(Arguments):
+    """Limits that several nodes share."""
+
+    qom_type: Literal["throttle-group"]
+    id: str
+    limits: ThrottleLimits | None = None
+
+
+class IoThread(Arguments):
+    """Accepted: the server has one event loop, and threads of its own behind it."""
+
+    qom_type: Literal["iothread"]
+    id: str
+    poll_max_ns: Int | None = None
+    poll_grow: Int | None = None
+    poll_shrink: Int | None = None
+
+
+class TlsCredentials(Arguments):
+    """Known, and refused."""
+
+    qom_type: Literal["tls-creds-anon", "tls-creds-psk", "tls-creds-x509"]
+    id: str
+    endpoint: Literal["client", "server"] = "client"
+    dir: str | None = None
+    verify_peer: bool = True
+    priority: str | None = None
+    username: str | None = None
+    passwordid: str | None = None
+    sanity_check: bool = True
+
+
+ObjectOptions: TypeAlias = Annotated[
+    Annotated[SecretObject, Tag("=secret")]
+    | Annotated[IoThread, Tag("=iothread")]
+    | Annotated[TlsCredentials, Tag("=tls-creds-anon")]
+    | Annotated[TlsCredentials, Tag("=tls-creds-psk")]
+    | Annotated[TlsCredentials, Tag("=tls-creds-x509")],
+    union("qom-type"),
+]
+
+
+class ObjectId(Arguments):
+    """Of ``object-del``."""
+
+    id: str
+
+
+async def object_add(control: Control, options: ObjectOptions) -> None:
+    """A new object."""
+    control.objects.check_new(options.id)
+    if isinstance(options, TlsCredentials):
+        raise QmpError(f"'{options.qom_type}': TLS is not supported yet")
+    if isinstance(options, IoThread):
+        control.objects.add(ObjectEntry(options.id, options.qom_type))
+        return
+    if options.data is not None:
+        raise QmpError("'data' would show the secret to whoever records this conversation; give 'file'")
+    if options.file is None:
+        raise QmpError("Either 'file' or 'data' must be provided")
+    properties = {"qom-type": "secret", "id": options.id, "file": options.file, "format": options.format}
+    secret = await asyncio.to_thread(control.read_secret, properties)
+    shown = {"file": options.file, "format": options.format, "loaded": True}
+    control.objects.add(ObjectEntry(options.id, options.qom_type, shown), secret)
+
+
+async def object_del(control: Control, arguments: ObjectId) -> None:
+    """Forget it."""
+    control.objects.remove(arguments.id)
+
+
+COMMANDS: Final = (
+    Command("object-add", object_add, ObjectOptions),
+    Command("object-del", object_del, ObjectId),
+)

@@ -1,0 +1,171 @@
+"""The named nodes: disks that commands, exports and jobs refer to.
+
+A name belongs to a whole chain. Its other layers, and the files, have names made up for queries (``#block012``), by
+which a command may mean a layer of a chain.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Final
+from weakref import WeakKeyDictionary
+
+from nbdserve.admin.errors import QmpError
+from nbdserve.block.node import Node
+from nbdserve.formats.base import FormatDriver
+from nbdserve.storage.base import Storage
+from nbdserve.storage.file import FileStorage
+
+WELL_FORMED: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+"""QEMU's rule for the names that users give."""
+MAX_NAME: Final = 31
+_UNFIT: Final = re.compile(r"[^A-Za-z0-9._-]")
+
+
+@dataclass(eq=False)
+class NodeEntry:
+    """One named node. Who ``users`` are keeps it from being deleted: ``export 'x'``, ``node 'y'``, ``job 'z'``."""
+
+    name: str
+    driver: str
+    node: Node
+    cache: str = "writeback"
+    users: list[str] = field(default_factory=list)
+    children: list[NodeEntry] = field(default_factory=list)
+    """Other named nodes it is made of, which it uses."""
+    inner_names: dict[str, FormatDriver | Storage] = field(default_factory=dict)
+    """Names given to layers and files that have no entry of their own."""
+    is_filter: bool = False
+    """It shows the disk of its first child."""
+    permanent: bool = False
+    """Opened at the start: not to be deleted."""
+
+    @property
+    def label(self) -> str:
+        """What it is to those it uses."""
+        return f"node '{self.name}'"
+
+    async def close(self) -> None:
+        """Close what it has opened, and let go of its children."""
+        for child in self.children:
+            child.users.remove(self.label)
+        await self.node.close()
+
+
+class NodeTable:
+    """The named nodes, in order of creation."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, NodeEntry] = {}
+        self._made_up: WeakKeyDictionary[FormatDriver | Storage, str] = WeakKeyDictionary()
+        self._numbers = count(100)
+
+    def __iter__(self) -> Iterator[NodeEntry]:
+        return iter(list(self._entries.values()))
+
+    def check_name(self, name: str) -> None:
+        """QmpError when no new node may have this name."""
+        if not WELL_FORMED.fullmatch(name):
+            raise QmpError(f"Invalid node-name: '{name}'")
+        if len(name) > MAX_NAME:
+            raise QmpError("Node name too long")
+        if self.find(name) is not None:
+            raise QmpError(f"Duplicate nodes with node-name='{name}'")
+
+    def add(self, entry: NodeEntry) -> None:
+        """``entry`` is known from now on."""
+        for name in (entry.name, *entry.inner_names):
+            self.check_name(name)
+        self._entries[entry.name] = entry
+        for name, part in entry.inner_names.items():
+            self._made_up[part] = name
+
+    def fitting_name(self, text: str) -> str:
+        """A name that is free, as near to ``text`` as may be."""
+        name = _UNFIT.sub("-", text)
+        if not name[:1].isalpha():
+            name = f"disk{name}" if name[:1] in "-._" else f"disk-{name}" if name else "disk"
+        name = name[:MAX_NAME]
+        for number in count(1):
+            if self.find(name) is None:
+                break
+            suffix = f"-{number}"
+            name = name[: MAX_NAME - len(suffix)] + suffix
+        return name
+
+    def find(self, name: str) -> NodeEntry | None:
+        """The node, or the one whose layer or file has this name."""
+        if name in self._entries:
+            return self._entries[name]
+        return next((entry for entry in self if name in dict(self.parts(entry))), None)
+
+    def get(self, name: str | None = None, device: str | None = None) -> NodeEntry:
+        """The node meant by ``node-name`` or ``device``; QmpError when there is none."""
+        entry = self._entries.get((name if name is not None else device) or "")
+        if entry is not None:
+            return entry
+        raise QmpError(f"Cannot find device='{device or ''}' nor node-name='{name or ''}'")
+
+    def either(self, name: str) -> NodeEntry:
+        """The node meant by a member that takes a device as well as a node."""
+        return self.get(name, name)
+
+    def filters_on(self, entry: NodeEntry) -> list[NodeEntry]:
+        """The filters over ``entry``, also those over others."""
+        direct = [other for other in self if other.is_filter and entry in other.children[:1]]
+        return direct + [above for other in direct for above in self.filters_on(other)]
+
+    def layer(self, name: str) -> tuple[NodeEntry, int]:
+        """The chain and the index of the layer meant by ``name``."""
+        for entry in self:
+            if entry.name == name:
+                return entry, 0
+            for index, layer in enumerate(entry.node.layers):
+                if self.part_name(layer) == name:
+                    return entry, index
+        raise QmpError(f"Cannot find device='{name}' nor node-name='{name}'")
+
+    def part_name(self, part: FormatDriver | Storage) -> str:
+        """The name of a layer or file, made up when it is first asked for."""
+        name = self._made_up.get(part)
+        if name is None:
+            name = self._made_up[part] = f"#block{next(self._numbers)}"
+        return name
+
+    def parts(self, entry: NodeEntry) -> Iterator[tuple[str, FormatDriver | Storage]]:
+        """The layers and files of a chain, with their names; the top layer is the node itself."""
+        for index, layer in enumerate(entry.node.layers):
+            if index:
+                yield self.part_name(layer), layer
+            if isinstance(layer.storage, FileStorage):
+                yield self.part_name(layer.storage), layer.storage
+
+    def remove(self, name: str) -> NodeEntry:
+        """Take the node out, to be closed. QmpError when it is in use, or not the client's to delete."""
+        entry = self._entries.get(name)
+        if entry is None:
+            if self.find(name) is not None:
+                raise QmpError(f"Node {name} is not owned by the monitor")
+            raise QmpError(f"Failed to find node with node-name='{name}'")
+        if entry.permanent:
+            raise QmpError(f"Node {name} is not owned by the monitor")
+        if any(user.startswith("node ") for user in entry.users):
+            raise QmpError(f"Block device {name} is in use")
+        if entry.users:
+            raise QmpError(f"Node {name} is in use")
+        return self._entries.pop(name)
+
+    async def close(self) -> None:
+        """Close every node that was not there at the start; the first error is raised after all are closed."""
+        errors: list[Exception] = []
+        for entry in reversed([entry for entry in self if not entry.permanent]):
+            del self._entries[entry.name]
+            try:
+                await entry.close()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]

@@ -1,0 +1,60 @@
+"""Objects that commands make: secrets, throttle groups, I/O threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbdserve.admin.errors import QmpError
+from nbdserve.admin.nodes import WELL_FORMED
+
+
+@dataclass(eq=False)
+class ObjectEntry:
+    """One object; ``properties`` are what ``qom-get`` shows, so a secret has none of its content there."""
+
+    id: str
+    kind: str
+    properties: dict[str, Any] = field(default_factory=dict)
+    users: list[str] = field(default_factory=list)
+
+
+class ObjectTable:
+    """The objects by id; the content of secrets is kept apart."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, ObjectEntry] = {}
+        self.secrets: dict[str, bytes] = {}
+
+    def __iter__(self) -> Iterator[ObjectEntry]:
+        return iter(list(self._objects.values()))
+
+    def check_new(self, identity: str) -> None:
+        """QmpError when no object may have this id."""
+        if not WELL_FORMED.fullmatch(identity):
+            raise QmpError("Parameter 'id' expects an identifier")
+        if identity in self._objects:
+            raise QmpError(f"attempt to add duplicate property '{identity}' to object (type 'container')")
+
+    def add(self, entry: ObjectEntry, secret: bytes | None = None) -> None:
+        """``entry`` is known from now on, with the content it has if it is a secret."""
+        self.check_new(entry.id)
+        self._objects[entry.id] = entry
+        if secret is not None:
+            self.secrets[entry.id] = secret
+
+    def find(self, identity: str, kind: str | None = None) -> ObjectEntry | None:
+        """The object, if it is of that kind."""
+        entry = self._objects.get(identity)
+        return entry if entry is not None and kind in (None, entry.kind) else None
+
+    def remove(self, identity: str) -> None:
+        """Forget the object. QmpError when there is none, or it is in use."""
+        entry = self._objects.get(identity)
+        if entry is None:
+            raise QmpError(f"object '{identity}' not found")
+        if entry.users:
+            raise QmpError(f"object '{identity}' is in use, can not be deleted")
+        del self._objects[identity]
+        self.secrets.pop(identity, None)

@@ -1,0 +1,201 @@
+"""From ``BlockdevOptions`` to an open node."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from nbdserve.admin.blockdev import (
+    BlockdevOptions,
+    FileOptions,
+    ImageOptions,
+    LuksOptions,
+    NodeOptions,
+    NullOptions,
+    RawOptions,
+)
+from nbdserve.admin.errors import QmpError, description_of
+from nbdserve.admin.nodes import NodeEntry, NodeTable
+from nbdserve.admin.paths import PathPolicy
+from nbdserve.block.graph import open_image
+from nbdserve.block.node import Node
+from nbdserve.block.spec import BackingSpec, ImageSpec
+from nbdserve.errors import ConfigError, ImageError
+from nbdserve.formats.raw import RawDriver
+from nbdserve.storage.file import FileStorage
+from nbdserve.storage.null import NullStorage
+from nbdserve.storage.roots import ImageRoots
+from nbdserve.units import SECTOR_SIZE, align_up
+
+_CACHE_MODES: Final = {(False, False): "writeback", (True, False): "none", (False, True): "unsafe"}
+
+
+@dataclass
+class Opener:
+    """Opens nodes from options. ``secrets`` are those that ``object-add`` made, by id."""
+
+    nodes: NodeTable
+    paths: PathPolicy
+    secrets: Mapping[str, bytes] = field(default_factory=dict)
+
+    async def open(self, options: BlockdevOptions) -> NodeEntry:
+        """A new entry, in the table. QmpError, and nothing stays open, when it cannot be made."""
+        name = options.node_name
+        if name is None:
+            raise QmpError("'node-name' must be specified for the root node")
+        self.nodes.check_name(name)
+        made = _Making(self)
+        try:
+            async with AsyncExitStack() as opened:
+                made.opened = opened
+                node = await made.node(options)
+                opened.push_async_callback(node.close)
+                entry = NodeEntry(name, options.driver, node, _cache(options), children=made.children)
+                made.name_parts(entry)
+                self.nodes.add(entry)
+                opened.pop_all()
+        except (ImageError, ConfigError, OSError) as error:
+            raise QmpError(description_of(error)) from error
+        for child in entry.children:
+            child.users.append(entry.label)
+        return entry
+
+
+class _Making:
+    """One node in the making: the nodes it refers to, and the names its parts are to have."""
+
+    def __init__(self, opener: Opener) -> None:
+        self._opener = opener
+        self.children: list[NodeEntry] = []
+        self.opened = AsyncExitStack()
+        self._layer_names: list[str | None] = []
+        self._file_names: list[str | None] = []
+
+    async def node(self, options: BlockdevOptions) -> Node:
+        """The node the options ask for."""
+        if isinstance(options, NullOptions):
+            # QEMU counts disks in sectors.
+            storage = NullStorage(align_up(options.size, SECTOR_SIZE), read_only=options.read_only)
+            return Node([await RawDriver.open(storage, {}, read_only=options.read_only)])
+        spec = await self._spec(options)
+        return await open_image(spec, ImageRoots([Path(spec.path).parent, *self._opener.paths.roots]))
+
+    def name_parts(self, entry: NodeEntry) -> None:
+        """Give the parts of the chain the names the options have for them."""
+        for layer, layer_name, file_name in zip(entry.node.layers, self._layer_names, self._file_names, strict=False):
+            if file_name is not None:
+                entry.inner_names[file_name] = layer.storage
+            if layer_name is not None and layer is not entry.node.top:
+                entry.inner_names[layer_name] = layer
+
+    async def _spec(self, options: BlockdevOptions) -> ImageSpec:
+        generic = _generic(options)
+        self._layer_names.append(options.node_name)
+        if isinstance(options, FileOptions):
+            self._file_names.append(None)
+            return await self._file(options, ImageSpec("", "raw", **generic))
+        assert isinstance(options, RawOptions | ImageOptions | LuksOptions)
+        spec = await self._below(options.file, ImageSpec("", options.driver, **generic))
+        if isinstance(options, RawOptions):
+            return replace(spec, offset=options.offset or 0, size=options.size)
+        if isinstance(options, LuksOptions):
+            return replace(spec, secret=self._secret(options.key_secret))
+        if options.encrypt is not None:
+            spec = replace(spec, secret=self._secret(options.encrypt.key_secret, "encrypt."))
+        if options.data_file is not None:
+            spec = replace(spec, data_file=await self._data_file(options.data_file))
+        if "backing" in options.model_fields_set:
+            spec = replace(spec, backing=await self._backing(options.backing))
+        return spec
+
+    async def _backing(self, given: object) -> BackingSpec:
+        if given is None:
+            return None
+        if isinstance(given, str):
+            raise QmpError(
+                f"Could not open backing file: '{given}' names a node; describe the backing image here instead"
+            )
+        assert isinstance(given, RawOptions | ImageOptions | LuksOptions | FileOptions)
+        return replace(await self._spec(given), read_only=True)
+
+    async def _data_file(self, given: object) -> ImageSpec:
+        if not isinstance(given, FileOptions):
+            raise QmpError("'data-file': give the options of a 'file' or 'host_device' node here")
+        return await self._file(given, ImageSpec("", "raw", **_generic(given)))
+
+    async def _below(self, given: object, spec: ImageSpec) -> ImageSpec:
+        """``spec`` with what holds the image's bytes."""
+        if isinstance(given, FileOptions):
+            self._file_names.append(given.node_name)
+            return await self._file(given, spec)
+        if isinstance(given, str):
+            self._file_names.append(None)
+            return await self._reference(given, spec)
+        if isinstance(given, NullOptions):
+            raise QmpError("'file': driver 'null-co' holds no image")
+        assert isinstance(given, RawOptions | ImageOptions | LuksOptions)
+        self._file_names.append(given.node_name)
+        inner = _Making(self._opener)
+        inner.opened = self.opened
+        below = await inner._spec(given)
+        self.children += inner.children
+        return replace(spec, path=below.path, file=below)
+
+    async def _file(self, given: FileOptions, spec: ImageSpec) -> ImageSpec:
+        path = await self._opener.paths.check(given.filename)
+        if given.driver == "host_device" and not await asyncio.to_thread(Path(path).is_block_device):
+            raise QmpError(f"'host_device' driver requires '{given.filename}' to be a block device")
+        if given.locking == "off":
+            raise QmpError("'locking': images are always locked, leave it out")
+        mode = _cache(given) if given.cache is not None else spec.cache
+        return replace(
+            spec, path=path, cache=mode, read_only=spec.read_only or given.read_only, force_share=spec.force_share
+        )
+
+    async def _reference(self, name: str, spec: ImageSpec) -> ImageSpec:
+        """The bytes of a node that is there: a file's, under the locks it holds."""
+        entry = self._opener.nodes.either(name)
+        storage = entry.node.top.storage
+        if entry.driver not in ("file", "host_device") or not isinstance(storage, FileStorage):
+            raise QmpError(f"Node '{name}' is no file: driver '{entry.driver}' cannot hold an image here")
+        if entry.users and not spec.read_only:
+            raise QmpError(f"Node '{name}' is in use by {entry.users[0]}")
+        self.children.append(entry)
+        shared = await storage.share(cache=entry.cache)
+        self.opened.push_async_callback(shared.close)
+        return replace(
+            spec, path=storage.path, opened=shared, read_only=spec.read_only or storage.read_only, cache=entry.cache
+        )
+
+    def _secret(self, name: str | None, where: str = "") -> bytes:
+        if name is None:
+            raise QmpError(f"Parameter '{where}key-secret' is missing")
+        secret = self._opener.secrets.get(name)
+        if secret is None:
+            raise QmpError(f"No secret with id '{name}'")
+        return secret
+
+
+def _generic(options: NodeOptions) -> dict[str, Any]:
+    if options.detect_zeroes == "unmap" and options.discard != "unmap":
+        raise QmpError("setting detect-zeroes to unmap is not allowed without setting discard operation to unmap")
+    return {
+        "read_only": options.read_only,
+        "discard": options.discard,
+        "detect_zeroes": options.detect_zeroes,
+        "cache": _cache(options),
+        "force_share": options.force_share,
+    }
+
+
+def _cache(options: NodeOptions) -> str:
+    if options.cache is None:
+        return "writeback"
+    mode = _CACHE_MODES.get((options.cache.direct, options.cache.no_flush))
+    if mode is None:
+        raise QmpError("'cache': direct and no-flush do not go together")
+    return mode

@@ -1,0 +1,86 @@
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from nbdserve.admin.control import Control
+from nbdserve.block.node import Node
+from nbdserve.cli.nbd_client import Client, list_exports
+from nbdserve.errors import ProtocolError
+from nbdserve.exports.export import Export
+from nbdserve.formats.raw import RawDriver
+from nbdserve.server.addresses import UnixAddress
+from nbdserve.storage.memory import MemoryStorage
+from tests.admin.clients import RawClient
+from tests.admin.images import needs_images
+
+pytestmark = needs_images
+
+
+def test_exports_come_and_go_under_their_clients(client: RawClient, images: Path, tmp_path: Path) -> None:
+    address = UnixAddress(str(tmp_path / "nbd"))
+    unix = {"type": "unix", "data": {"path": address.path}}
+    file = {"driver": "file", "filename": str(images / "b.raw")}
+    assert client.execute("nbd-server-start", addr=unix) == {}
+    assert client.execute("blockdev-add", driver="raw", node_name="r", file=file) == {}
+    assert client.execute("block-export-add", type="nbd", id="e", node_name="r", writable=True) == {}
+    assert client.execute("block-export-add", type="nbd", id="o", node_name="r", name="other") == {}
+    assert sorted(list_exports(address)) == [("other", ""), ("r", "")]
+    user = Client(address, "r")
+    user.write(0, b"written")
+    assert client.execute("block-export-del", id="e") == "export 'e' still in use"
+    assert client.execute("blockdev-del", node_name="r") == "Node r is in use"
+    client.send(b'{"execute":"block-export-del","arguments":{"id":"e","mode":"hard"}}')
+    event, reply = client.receive(), client.receive()
+    assert (event["event"], event["data"]) == ("BLOCK_EXPORT_DELETED", {"id": "e"})
+    assert reply == {"return": {}}
+    with pytest.raises((OSError, ProtocolError)):
+        user.read(0, 1)
+    user.close()
+    assert (images / "b.raw").read_bytes()[:7] == b"written"
+    assert list_exports(address) == (("other", ""),)
+    assert client.execute("nbd-server-stop") == {}
+    assert client.execute("query-block-exports") == []
+    assert not Path(address.path).exists()
+    assert client.execute("nbd-server-start", addr=unix) == {}
+    assert client.execute("nbd-server-stop") == {}
+    assert client.execute("blockdev-del", node_name="r") == {}
+
+
+def test_what_is_refused(client: RawClient, images: Path, tmp_path: Path) -> None:
+    unix = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
+    assert client.execute("nbd-server-start", addr=unix, tls_creds="t") == "No TLS credentials with id 't'"
+    assert "max_clients" in client.execute("nbd-server-start", addr=unix, max_connections=5)
+    absent = {"type": "unix", "data": {"path": str(tmp_path / "absent" / "nbd")}}
+    assert "does not exist" in client.execute("nbd-server-start", addr=absent)
+    inet = {"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}}
+    assert client.execute("nbd-server-start", addr=inet) == {}
+    file = {"driver": "file", "filename": str(images / "b.raw")}
+    assert client.execute("blockdev-add", driver="raw", node_name="r", read_only=True, file=file) == {}
+    refused = client.execute("block-export-add", type="nbd", id="e", node_name="r", writable=True)
+    assert refused == "Block node is read-only: 'r' cannot be exported writable"
+    assert client.execute("nbd-server-add", device="r", writable=True) == {}
+    assert "4096 bytes" in client.execute("block-export-add", type="nbd", id="e", node_name="r", name="x" * 5000)
+    assert client.execute("nbd-server-remove", name="r") == {}
+
+
+async def test_commands_do_not_end_what_the_server_was_started_with(control: Control) -> None:
+
+    node = Node([await RawDriver.open(MemoryStorage(bytes(512), path="/m/disk 1.raw"), {}, read_only=False)])
+    export = Export("a/b c", node)
+    control.server.exports.add(export)
+    control.adopt([(export, "none")], [], listening=True)
+    (entry,) = control.devices()
+    assert (entry.name, entry.cache, entry.users) == ("a-b-c", "none", ["export 'a/b c'"])
+    with pytest.raises(Exception, match="not owned by the monitor"):
+        control.nodes.remove(entry.name)
+    with pytest.raises(Exception, match="NBD server not running"):
+        control.exports.stop_server()
+    await control.quiesce()
+    await control.quiesce()
+    read = asyncio.ensure_future(asyncio.create_task(node.read(0, 1)))
+    await asyncio.sleep(0)
+    await control.begin_end()
+    await read
+    await control.close()
+    assert await node.read(0, 1) == b"\0"

@@ -1,0 +1,25 @@
+from pathlib import Path
+
+from nbdserve.admin.control import Control
+from tests.admin.clients import RawClient
+
+
+def test_secrets_are_in_files_and_never_shown(client: RawClient, control: Control, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_bytes(b"aGlkZGVu")
+    assert client.execute("object-add", qom_type="secret", id="s", file=str(key), format="base64") == {}
+    assert control.objects.secrets == {"s": b"hidden"}
+    assert client.execute("qom-get", path="/objects/s", property="file") == str(key)
+    for name in ("data", "secret"):
+        assert "not found" in client.execute("qom-get", path="/objects/s", property=name)
+    assert "give 'file'" in client.execute("object-add", qom_type="secret", id="t", data="x")
+    assert "cannot read the secret" in client.execute("object-add", qom_type="secret", id="t", file="/absent")
+    assert client.execute("object-del", id="s") == {}
+    assert control.objects.secrets == {}
+
+
+def test_what_is_accepted_and_what_is_not(client: RawClient) -> None:
+    assert client.execute("object-add", qom_type="iothread", id="io") == {}
+    assert {"name": "io", "type": "child<iothread>"} in client.execute("qom-list", path="/objects")
+    refused = client.execute("object-add", qom_type="tls-creds-x509", id="t", endpoint="server", dir="/x")
+    assert refused == "'tls-creds-x509': TLS is not supported yet"
