@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Tag
 
-from nbdserve.admin.schema import NULLABLE, Arguments, Size, alternate, union
+from nbdserve.admin.schema import NULLABLE, Arguments, Size, Uint32, alternate, union
 
 OnOffAuto: TypeAlias = Literal["auto", "on", "off"]
 
@@ -46,6 +46,36 @@ class NullOptions(NodeOptions):
     driver: Literal["null-co"]
     size: Size = 1 << 30
     read_zeroes: bool = False
+
+
+class InetServer(Arguments):
+    """An NBD server by TCP."""
+
+    type: Literal["inet"]
+    host: str
+    port: str
+
+
+class UnixServer(Arguments):
+    """An NBD server on a unix socket."""
+
+    type: Literal["unix"]
+    path: str
+
+
+NbdServer: TypeAlias = Annotated[
+    Annotated[InetServer, Tag("=inet")] | Annotated[UnixServer, Tag("=unix")], union("type")
+]
+
+
+class NbdOptions(NodeOptions):
+    """An export of another NBD server; delays are in seconds."""
+
+    driver: Literal["nbd"]
+    server: NbdServer
+    export: str = ""
+    reconnect_delay: Uint32 = 0
+    open_timeout: Uint32 = 0
 
 
 class RawOptions(NodeOptions):
@@ -88,6 +118,7 @@ BlockdevOptions: TypeAlias = Annotated[
     Annotated[FileOptions, Tag("=file")]
     | Annotated[FileOptions, Tag("=host_device")]
     | Annotated[NullOptions, Tag("=null-co")]
+    | Annotated[NbdOptions, Tag("=nbd")]
     | Annotated[RawOptions, Tag("=raw")]
     | Annotated[LuksOptions, Tag("=luks")]
     | Annotated[ImageOptions, Tag("=bochs")]

@@ -14,21 +14,23 @@ from nbdserve.admin.blockdev import (
     FileOptions,
     ImageOptions,
     LuksOptions,
+    NbdOptions,
     NodeOptions,
     NullOptions,
     RawOptions,
+    UnixServer,
 )
 from nbdserve.admin.errors import QmpError, description_of
 from nbdserve.admin.nodes import NodeEntry, NodeTable
 from nbdserve.admin.paths import PathPolicy
-from nbdserve.block.graph import open_image
+from nbdserve.block.graph import image_roots, open_image
 from nbdserve.block.node import Node
 from nbdserve.block.spec import BackingSpec, ImageSpec
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.formats.raw import RawDriver
 from nbdserve.storage.file import FileStorage
+from nbdserve.storage.nbd_target import NbdTarget, parse_port
 from nbdserve.storage.null import NullStorage
-from nbdserve.storage.roots import ImageRoots
 from nbdserve.units import SECTOR_SIZE, align_up
 
 _CACHE_MODES: Final = {(False, False): "writeback", (True, False): "none", (False, True): "unsafe"}
@@ -82,7 +84,7 @@ class _Making:
             storage = NullStorage(align_up(options.size, SECTOR_SIZE), read_only=options.read_only)
             return Node([await RawDriver.open(storage, {}, read_only=options.read_only)])
         spec = await self._spec(options)
-        return await open_image(spec, ImageRoots([Path(spec.path).parent, *self._opener.paths.roots]))
+        return await open_image(spec, image_roots(spec.path, self._opener.paths.roots))
 
     def name_parts(self, entry: NodeEntry) -> None:
         """Give the parts of the chain the names the options have for them."""
@@ -98,7 +100,11 @@ class _Making:
         if isinstance(options, FileOptions):
             self._file_names.append(None)
             return await self._file(options, ImageSpec("", "raw", **generic))
-        assert isinstance(options, RawOptions | ImageOptions | LuksOptions)
+        if isinstance(options, NbdOptions):
+            self._file_names.append(None)
+            return _nbd(options, ImageSpec("", "raw", **generic))
+        if isinstance(options, NullOptions):
+            raise QmpError("driver 'null-co' holds no image")
         spec = await self._below(options.file, ImageSpec("", options.driver, **generic))
         if isinstance(options, RawOptions):
             return replace(spec, offset=options.offset or 0, size=options.size)
@@ -119,7 +125,7 @@ class _Making:
             raise QmpError(
                 f"Could not open backing file: '{given}' names a node; describe the backing image here instead"
             )
-        assert isinstance(given, RawOptions | ImageOptions | LuksOptions | FileOptions)
+        assert isinstance(given, FileOptions | NullOptions | NbdOptions | RawOptions | LuksOptions | ImageOptions)
         return replace(await self._spec(given), read_only=True)
 
     async def _data_file(self, given: object) -> ImageSpec:
@@ -135,6 +141,9 @@ class _Making:
         if isinstance(given, str):
             self._file_names.append(None)
             return await self._reference(given, spec)
+        if isinstance(given, NbdOptions):
+            self._file_names.append(given.node_name)
+            return _nbd(given, spec)
         if isinstance(given, NullOptions):
             raise QmpError("'file': driver 'null-co' holds no image")
         assert isinstance(given, RawOptions | ImageOptions | LuksOptions)
@@ -190,6 +199,15 @@ def _generic(options: NodeOptions) -> dict[str, Any]:
         "cache": _cache(options),
         "force_share": options.force_share,
     }
+
+
+def _nbd(given: NbdOptions, spec: ImageSpec) -> ImageSpec:
+    if isinstance(given.server, UnixServer):
+        target = NbdTarget(given.export, socket=given.server.path)
+    else:
+        target = NbdTarget(given.export, given.server.host, parse_port(given.server.port))
+    target = replace(target, reconnect_delay=given.reconnect_delay, open_timeout=given.open_timeout)
+    return replace(spec, path=target.uri, nbd=target, read_only=spec.read_only or given.read_only)
 
 
 def _cache(options: NodeOptions) -> str:
