@@ -9,6 +9,8 @@ from nbdserve.cli.image.create import create
 from nbdserve.cli.image.info import info
 from nbdserve.cli.image.map import map_image
 from nbdserve.cli.image.raw_cow import app as raw_cow
+from nbdserve.cli.image.resize import resize
+from nbdserve.cli.image.snapshot import snapshot
 
 app = typer.Typer(
     name="image",
@@ -21,4 +23,6 @@ app.command("create")(create)
 app.command("info")(info)
 app.command("map")(map_image)
 app.command("check")(check)
+app.command("resize", context_settings={"ignore_unknown_options": True})(resize)  # -1G is a size
+app.command("snapshot")(snapshot)
 app.add_typer(raw_cow)

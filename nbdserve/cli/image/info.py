@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -175,13 +176,17 @@ def as_text(layer: Layer) -> str:
         if facts.backing.format is not None:
             lines.append(f"backing file format: {facts.backing.format}")
     if facts.snapshots:
-        lines.append("Snapshot list:")
-        lines.append(_snapshot_row("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT"))
-        lines += [_snapshot_text(snapshot) for snapshot in facts.snapshots]
+        lines += snapshot_lines(facts.snapshots)
     if facts.specific:
         lines.append("Format specific information:")
         lines += _specific_text(facts.specific, 1)
     return "\n".join(lines) + "\n"
+
+
+def snapshot_lines(snapshots: Sequence[SnapshotInfo]) -> list[str]:
+    """The table of internal snapshots, as qemu-img lays it out."""
+    head = _snapshot_row("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
+    return ["Snapshot list:", head, *map(_snapshot_text, snapshots)]
 
 
 def _snapshot_row(identifier: str, tag: str, size: str, date: str, clock: str, icount: str) -> str:
