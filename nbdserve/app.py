@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdserve import __version__
-from nbdserve.block.graph import image_roots, open_image
+from nbdserve.bitmaps.bitmap import DirtyBitmap
+from nbdserve.block.graph import image_roots
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
+from nbdserve.block.stored_bitmaps import open_with_bitmaps
 from nbdserve.errors import ConfigError
 from nbdserve.exports.export import Export, ExportTable
 from nbdserve.server.addresses import Address
@@ -49,6 +51,8 @@ class ExportPlan:
     allocation_depth: bool = False
     max_connections: int = 0
     """Clients at a time; 0: any number."""
+    bitmaps: Sequence[str] = ()
+    """Names of dirty bitmaps stored in the images of the chain, to be shown to clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,16 @@ def exports_of(config: Config) -> list[ExportPlan]:
             image = options.image()
         except ConfigError as error:
             raise ConfigError(f"[exports.{name}] {error}") from None
-        plans.append(ExportPlan(name, image, options.description, options.allocation_depth, options.max_connections))
+        plans.append(
+            ExportPlan(
+                name,
+                image,
+                options.description,
+                options.allocation_depth,
+                options.max_connections,
+                tuple(options.bitmaps),
+            )
+        )
     return plans
 
 
@@ -126,11 +139,10 @@ async def serve(plan: Plan, ready: Callable[[list[Address]], None]) -> None:
             admin = import_module("nbdserve.admin.start").Admin(plan.admin)
         exports = ExportTable()
         for export in plan.exports:
-            node = await open_image(
-                export.image, image_roots(export.image.path, [Path(root) for root in plan.image_roots])
-            )
+            roots = image_roots(export.image.path, [Path(root) for root in plan.image_roots])
+            node, bitmaps = await open_with_bitmaps(export.image, roots, export.bitmaps)
             nodes.append(node)
-            exports.add(_export(export, node))
+            exports.add(_export(export, node, bitmaps))
         _choose_default(exports, plan.default_export)
         on_last_client = stopping.stop if plan.exit_last else lambda: None
         server = Server(exports, plan.limits, on_last_client=on_last_client)
@@ -190,7 +202,7 @@ class Stopping:
             self.second.set_result(None)
 
 
-def _export(plan: ExportPlan, node: Node) -> Export:
+def _export(plan: ExportPlan, node: Node, bitmaps: Sequence[DirtyBitmap]) -> Export:
     return Export(
         plan.name,
         node,
@@ -198,6 +210,7 @@ def _export(plan: ExportPlan, node: Node) -> Export:
         read_only=plan.image.read_only,
         allocation_depth=plan.allocation_depth,
         max_connections=plan.max_connections,
+        bitmaps=bitmaps,
     )
 
 

@@ -55,10 +55,11 @@ class BitmapSet:
     # --- recording ---------------------------------------------------------------------------------------------------
 
     def changed(self, offset: int, length: int) -> None:
-        """The range of the disk, not empty and inside it, has changed."""
-        for bitmap in self._bitmaps:
-            if not bitmap.disabled:
-                bitmap.set(offset, length)
+        """The range of the disk, inside it, has changed."""
+        if length:
+            for bitmap in self._bitmaps:
+                if not bitmap.disabled:
+                    bitmap.set(offset, length)
 
     def resize(self, size: int) -> None:
         """The disk has ``size`` bytes now: what is new is dirty in every bitmap, disabled or not."""

@@ -18,6 +18,7 @@ from nbdserve.block.drain import Gate
 from nbdserve.block.pieces import Piece, add_piece, zero_pieces
 from nbdserve.block.places import LAYER_MASK, Places
 from nbdserve.block.requests import RangeLocks
+from nbdserve.block.tracking import NodeBitmaps
 from nbdserve.block.watchers import Watcher
 from nbdserve.block.writer import WRITE_DONE, WRITE_WAIT, BatchWriter, Done
 from nbdserve.errors import RequestError
@@ -67,6 +68,7 @@ class Node:
         self._widest = 0
         """The largest size the disk has had, which clients may still take it to have."""
         self._adopt(layers)
+        self.bitmaps = NodeBitmaps(self)
 
     def _adopt(self, layers: Sequence[FormatDriver]) -> None:
         """Take ``layers`` for the chain, and renew what depends on them."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from nbdserve.bitmaps.bitmap import DirtyBitmap
 from nbdserve.block.mapping import ChainMap
 from nbdserve.block.node import Node
 from nbdserve.block.window import map_node
@@ -19,6 +20,8 @@ READS_ZERO: Final = 2
 
 Status: TypeAlias = npt.NDArray[np.int64]
 Projection: TypeAlias = Callable[[ChainMap], Status]
+Extents: TypeAlias = tuple[npt.NDArray[np.int64], Status]
+"""Where each begins, and its status."""
 
 
 def allocation_flags(part: ChainMap) -> Status:
@@ -32,33 +35,58 @@ def depth_values(part: ChainMap) -> Status:
 
 
 async def block_status(
-    node: Node, offset: int, length: int, projections: list[Projection], max_extents: int
+    node: Node, offset: int, length: int, questions: Sequence[Projection | DirtyBitmap], max_extents: int
 ) -> list[list[tuple[int, int]]]:
-    """For each projection the extents ``(length, status)`` from ``offset``, merged where equal.
+    """For each projection of the map, or bitmap, the extents ``(length, status)`` from ``offset``, merged where equal.
 
     All lists cover the same range: it is cut where the first of them is full.
     """
-    columns: list[tuple[list[npt.NDArray[np.int64]], list[Status]]] = [([], []) for _ in projections]
-    position = offset
-    async with node.gate:
-        node.check_inside(offset, length)
-        async for part in map_node(node, offset, offset + length):
-            position = int(part.start[-1] + part.length[-1])
-            full = False
-            for project, (starts, values) in zip(projections, columns, strict=True):
-                status = project(part)
-                first = np.flatnonzero(np.concatenate(([True], status[1:] != status[:-1])))
-                starts.append(part.start[first])
-                values.append(status[first])
-                full |= sum(map(len, starts)) > max_extents
-            if full:
-                break
-    merged = [_merge(np.concatenate(starts), np.concatenate(values)) for starts, values in columns]
-    end = min([position, *(int(starts[max_extents]) for starts, _ in merged if len(starts) > max_extents)])
+    projections = [question for question in questions if not isinstance(question, DirtyBitmap)]
+    mapped, end = await _project(node, offset, offset + length, projections, max_extents)
+    from_map = iter(mapped)
+    merged = [
+        _dirty(question, offset, end, max_extents + 1) if isinstance(question, DirtyBitmap) else next(from_map)
+        for question in questions
+    ]
+    end = min([end, *(int(starts[max_extents]) for starts, _ in merged if len(starts) > max_extents)])
     return [_extents(starts, values, end) for starts, values in merged]
 
 
-def _merge(starts: npt.NDArray[np.int64], values: Status) -> tuple[npt.NDArray[np.int64], Status]:
+async def _project(
+    node: Node, start: int, end: int, projections: Sequence[Projection], max_extents: int
+) -> tuple[list[Extents], int]:
+    """The map from ``start`` in each projection, and how far it was looked at."""
+    if not projections:
+        return [], end
+    columns: list[tuple[list[npt.NDArray[np.int64]], list[Status]]] = [([], []) for _ in projections]
+    position = start
+    async for part in map_node(node, start, end):
+        position = int(part.start[-1] + part.length[-1])
+        full = False
+        for project, (starts, values) in zip(projections, columns, strict=True):
+            status = project(part)
+            first = np.flatnonzero(np.concatenate(([True], status[1:] != status[:-1])))
+            starts.append(part.start[first])
+            values.append(status[first])
+            full |= sum(map(len, starts)) > max_extents
+        if full:
+            break
+    return [_merge(np.concatenate(starts), np.concatenate(values)) for starts, values in columns], position
+
+
+def _dirty(bitmap: DirtyBitmap, start: int, end: int, most: int) -> Extents:
+    """At most ``most`` extents of the bitmap; what lies behind the disk it is of is clean."""
+    inside = min(end, bitmap.size)
+    if start >= inside:
+        return np.array([start], np.int64), np.zeros(1, np.int64)
+    starts, dirty, stop = bitmap.runs(start, inside, most)
+    values = dirty.astype(np.int64)
+    if stop < end and len(starts) < most:
+        starts, values = _merge(np.append(starts, stop), np.append(values, 0))
+    return starts, values
+
+
+def _merge(starts: npt.NDArray[np.int64], values: Status) -> Extents:
     first = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1])))
     return starts[first], values[first]
 

@@ -62,7 +62,6 @@ AIO_MODES: Final = ("threads", "native", "io_uring")
 """Accepted, since every client names one; file I/O is done in one way here, and the choice changes no result."""
 
 _NOT_SUPPORTED: Final = {
-    "bitmap": "dirty bitmaps are not supported yet",
     "trace": "tracing is not supported yet",
     "connect": "attaching /dev/nbdX is not supported; use nbd-client with the server's socket",
     "disconnect": "detaching /dev/nbdX is not supported; use nbd-client -d",
@@ -99,6 +98,7 @@ The image:
   -s, --snapshot            drop all writes at exit
   -l, --load-snapshot=SNAP  serve an internal snapshot: ID, NAME, snapshot.id=ID or snapshot.name=NAME
   -A, --allocation-depth    offer qemu:allocation-depth
+  -B, --bitmap=NAME         offer qemu:dirty-bitmap:NAME, which the image or a backing file holds; may be repeated
   -n, --nocache             the same as --cache=none
       --cache=MODE          none, writeback (default), writethrough, directsync or unsafe
       --aio=MODE            threads, native or io_uring
@@ -128,6 +128,8 @@ class Arguments:
     files: list[str] = field(default_factory=list)
     objects: list[str] = field(default_factory=list)
     """Every ``--object``."""
+    bitmaps: list[str] = field(default_factory=list)
+    """Every ``--bitmap``."""
 
     def __contains__(self, option: str) -> bool:
         return option in self.options
@@ -174,6 +176,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
             raise UsageError("-n and --cache can be given only once")
         if name == "object":
             arguments.objects.append(value)
+        elif name == "bitmap":
+            arguments.bitmaps.append(value)
         arguments.options[name] = value
     return arguments
 
@@ -193,6 +197,7 @@ def plan_of(arguments: Arguments, listeners: list[Listener]) -> Plan:
         arguments.get("description"),
         allocation_depth="allocation-depth" in arguments,
         max_connections=shared,
+        bitmaps=tuple(arguments.bitmaps[::-1]),  # the order in which qemu-nbd numbers them
     )
     return Plan(
         [export],

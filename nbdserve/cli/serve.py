@@ -68,6 +68,7 @@ def serve(
     ] = None,
     description: Annotated[str | None, _image_option("description", "--description", "-D")] = None,
     allocation_depth: Annotated[bool | None, _image_option("allocation_depth", "--allocation-depth", "-A")] = None,
+    bitmap: Annotated[list[str] | None, _image_option("bitmaps", "--bitmap", "-B")] = None,
     load_snapshot: Annotated[str | None, _image_option("snapshot", "--load-snapshot", "-l")] = None,
     overlay: Annotated[bool | None, _image_option("overlay", "--snapshot", "-s")] = None,
     offset: Annotated[str | None, _image_option("offset", "--offset", "-o")] = None,
@@ -122,6 +123,7 @@ def serve(
         read_only=read_only,
         description=description,
         allocation_depth=allocation_depth,
+        bitmaps=bitmap,
         snapshot=load_snapshot,
         overlay=overlay,
         offset=offset,
@@ -197,7 +199,12 @@ def _export(text: str, name: str | None, options: dict[str, Any], shared: int | 
     else:
         own_name = os.path.basename(image.path)  # noqa: PTH119 - a trailing / gives ""
     return ExportPlan(
-        own_name if name is None else name, image, parsed.description, parsed.allocation_depth, shared or 0
+        own_name if name is None else name,
+        image,
+        parsed.description,
+        parsed.allocation_depth,
+        shared or 0,
+        tuple(parsed.bitmaps),
     )
 
 
@@ -215,6 +222,7 @@ def _flag(option: str) -> str:
     """The command-line option of a model's option."""
     names = {
         "snapshot": "load-snapshot",
+        "bitmaps": "bitmap",
         "overlay": "snapshot",
         "max_clients": "shared",
         "listen": "bind",

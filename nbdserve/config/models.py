@@ -121,6 +121,11 @@ class ExportOptions(_Options):
     allocation_depth: bool = Field(
         default=False, description="Offer qemu:allocation-depth: which layer of the chain each range comes from."
     )
+    bitmaps: list[str] = Field(
+        default=[],
+        description="Names of dirty bitmaps stored in the image or its backing files, offered as "
+        "qemu:dirty-bitmap:NAME. The image must be served read_only if it has them itself.",
+    )
     snapshot: str | None = Field(
         default=None, description="Serve this internal snapshot (id or name), read-only.", examples=["before-upgrade"]
     )

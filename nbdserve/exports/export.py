@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from nbdserve.bitmaps.bitmap import DirtyBitmap
 from nbdserve.block.node import Node
 from nbdserve.errors import ConfigError, OptionError
 from nbdserve.exports.flags import transmission_flags
 from nbdserve.protocol.constants import ADVERTISED_MAX_PAYLOAD, MAX_STRING, REP_ERR_POLICY
-
-BASE_ALLOCATION = "base:allocation"
-ALLOCATION_DEPTH = "qemu:allocation-depth"
+from nbdserve.protocol.meta_contexts import ALLOCATION_DEPTH, BASE_ALLOCATION, DIRTY_BITMAP
 
 
 class Export:
@@ -30,7 +29,9 @@ class Export:
         read_only: bool = False,
         allocation_depth: bool = False,
         max_connections: int = 0,
+        bitmaps: Sequence[DirtyBitmap] = (),
     ) -> None:
+        """``bitmaps`` are shown as they are at each request. ConfigError for one that cannot be read."""
         for what, text in (("name", name), ("description", description)):
             if len(text.encode()) > MAX_STRING or "\0" in text:
                 raise ConfigError(f"export {name[:64]!r}: its {what} must be at most {MAX_STRING} bytes, without NUL")
@@ -38,7 +39,12 @@ class Export:
         self.node = node
         self.description = description
         self.read_only = read_only or node.read_only
-        self.contexts = (BASE_ALLOCATION, ALLOCATION_DEPTH) if allocation_depth else (BASE_ALLOCATION,)
+        self.bitmaps: dict[str, DirtyBitmap] = {}
+        """By the name of their context."""
+        for bitmap in bitmaps:
+            bitmap.check_usable(reading=True)
+            self.bitmaps[f"{DIRTY_BITMAP}{bitmap.name}"] = bitmap
+        self.contexts = (BASE_ALLOCATION, *((ALLOCATION_DEPTH,) if allocation_depth else ()), *self.bitmaps)
         self.max_connections = max_connections
         self.connections = 0
         """Clients in transmission."""

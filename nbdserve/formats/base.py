@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from nbdserve.bitmaps.bitmap import DirtyBitmap
 from nbdserve.errors import ConfigError
 from nbdserve.extents import Run, RunStream
 from nbdserve.storage.base import Storage
@@ -280,6 +281,13 @@ class FormatDriver(ABC):
         Units need not be aligned, or all of one size. RequestError(EIO) when the stored form is damaged.
         """
         raise NotImplementedError
+
+    async def stored_bitmap(self, name: str) -> DirtyBitmap | None:
+        """The dirty bitmap that the image holds under ``name``, read-only; None when there is none.
+
+        Of an image open for writing what is stored means nothing: it is not kept up to date.
+        """
+        return None
 
     # --- changing it ---------------------------------------------------------------------------------------------
 

@@ -434,8 +434,9 @@ class Session:
 
     async def _block_status(self, flags: int, cookie: int, offset: int, length: int, payload: bytes | None) -> None:
         try:
+            bitmaps = self.export.bitmaps
             reply = await status_reply(
-                self.node, self.mode, self.contexts, self.rules, flags, cookie, offset, length, payload
+                self.node, self.mode, self.contexts, bitmaps, self.rules, flags, cookie, offset, length, payload
             )
         except Exception as error:
             self._reply_failure("BLOCK_STATUS", cookie, offset, length, error)

@@ -57,6 +57,11 @@ def test_long_options() -> None:
     assert (plan.limits.max_clients, plan.pid_file) == (0, "p")
 
 
+def test_bitmaps_have_the_order_in_which_qemu_nbd_numbers_them() -> None:
+    (export,) = plan_of(parse_arguments(["-r", "-B", "a", "--bitmap=b", "-Bc", "image"]), []).exports
+    assert export.bitmaps == ("c", "b", "a")
+
+
 def test_last_one_counts() -> None:
     assert image_of("-f", "raw", "-f", "qcow2", "a").format == "qcow2"
 
@@ -96,7 +101,6 @@ def test_image_trees() -> None:
         (["-l", "snapshot.id=1,snapshot.name=a", "a"], "either"),
         (["-f", "raw", "--image-opts", "driver=raw,file.filename=a"], "--image-opts"),
         (["--image-opts", "driver=raw,file.filename=a,bogus=1"], "'bogus'"),
-        (["-B", "b", "a"], "--bitmap: .*not supported yet"),
         (["--object", "tls-creds-x509,id=t", "a"], "--object tls-creds-x509,id=t: TLS is not supported yet"),
         (["--object", "secret,id=s,data=hush", "a"], "--object secret,id=s,: data= would show the secret"),
         (["--image-opts", "driver=qcow2,file.filename=a,encrypt.key-secret=s"], "no secret of the id 's'"),

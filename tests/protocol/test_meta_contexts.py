@@ -35,3 +35,8 @@ def test_list(queries: list[str], names: tuple[str, ...]) -> None:
 )
 def test_select(queries: list[str], numbers: list[int]) -> None:
     assert select_contexts(AVAILABLE, queries) == [(number, AVAILABLE[number]) for number in numbers]
+
+
+def test_a_bitmap_has_the_number_qemu_gives_it_without_the_depth_too() -> None:
+    available = (AVAILABLE[0], *AVAILABLE[2:])
+    assert select_contexts(available, available) == [(0, AVAILABLE[0]), (2, AVAILABLE[2]), (3, AVAILABLE[3])]

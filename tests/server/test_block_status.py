@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdserve.bitmaps.bitmap import DirtyBitmap
 from nbdserve.block.node import Node
 from nbdserve.exports.export import Export
 from nbdserve.protocol.codec import EXTENDED, STRUCTURED
@@ -16,6 +17,7 @@ from nbdserve.protocol.constants import (
     CMD_FLAG_PAYLOAD_LEN,
     CMD_FLAG_REQ_ONE,
     CMD_READ,
+    CMD_WRITE,
     EXTENDED_REQUEST_MAGIC,
     MAX_EXTENTS,
 )
@@ -164,4 +166,54 @@ async def test_ranges_outside_the_export_are_refused(tmp_path: Path, mode: int) 
         client = await _connect(served, mode, ALLOCATION)
         for offset, length in ((0, 0), (0, 4097), (4096, 1), (1 << 63, 1)):
             assert (await client.ask(CMD_BLOCK_STATUS, offset, length)).error == errno.EINVAL
+        client.close()
+
+
+def _with_bitmaps(node: Node) -> Export:
+    """A recording bitmap, and a coarser one of a smaller disk that is dirty at its end."""
+    node.bitmaps.add("now", 4 * KIB)
+    old = DirtyBitmap("old", 100 * KIB)
+    old.set(64 * KIB, 1)
+    return Export("a", node, bitmaps=[node.bitmaps.get("now"), old])
+
+
+@MODES
+async def test_bitmaps_are_answered_with_the_rest_for_one_range(tmp_path: Path, mode: int) -> None:
+    now, old = "qemu:dirty-bitmap:now", "qemu:dirty-bitmap:old"
+    node = await _two_layers()
+    async with serving(tmp_path, _with_bitmaps(node)) as served:
+        client = await _connect(served, mode, ALLOCATION, now, old)
+        assert dict(client.export.contexts) == {0: ALLOCATION, 2: now, 3: old}
+        reply = await client.ask(CMD_WRITE, 10 * KIB, data=b"x" * 3 * KIB)
+        assert not reply.error
+        found = await _status(client, 0, 320 * KIB)
+        assert found[now] == [(8 * KIB, 0), (8 * KIB, 1), (304 * KIB, 0)]
+        assert found[old] == [(64 * KIB, 0), (36 * KIB, 1), (220 * KIB, 0)]
+        assert {sum(length for length, _ in extents) for extents in found.values()} == {320 * KIB}
+        assert await _status(client, 9 * KIB, 320 * KIB - 9 * KIB, CMD_FLAG_REQ_ONE) == {
+            ALLOCATION: [(7 * KIB, 0)],
+            now: [(7 * KIB, 1)],
+            old: [(7 * KIB, 0)],
+        }
+        client.close()
+
+
+async def test_a_full_bitmap_cuts_all_answers(tmp_path: Path) -> None:
+    node = raw(MemoryStorage(size=2 * MAX_EXTENTS * KIB))
+    bitmap = node.bitmaps.add("b", 512)
+    for at in range(0, node.size, KIB):
+        bitmap.set(at, 1)
+    async with serving(tmp_path, Export("a", node, bitmaps=[bitmap])) as served:
+        client = await _connect(served, EXTENDED, ALLOCATION, "qemu:dirty-bitmap:b")
+        found = await _status(client, 0, node.size)
+        assert len(found["qemu:dirty-bitmap:b"]) == MAX_EXTENTS
+        assert found[ALLOCATION] == [(MAX_EXTENTS * 512, ZEROES)]
+        client.close()
+
+
+async def test_a_bitmap_alone(tmp_path: Path) -> None:
+    node = await _two_layers()
+    async with serving(tmp_path, _with_bitmaps(node)) as served:
+        client = await _connect(served, EXTENDED, "qemu:dirty-bitmap:old")
+        assert await _status(client, 100 * KIB, 100 * KIB) == {"qemu:dirty-bitmap:old": [(100 * KIB, 0)]}
         client.close()

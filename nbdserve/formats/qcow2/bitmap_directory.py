@@ -16,6 +16,13 @@ HEAD_BYTES: Final = 24
 MAX_DIRECTORY_BYTES: Final = 64 << 20
 FLAG_NAMES: Final = ("in-use", "auto")
 """By bit, with QEMU's names."""
+FLAG_IN_USE: Final = 1 << 0
+"""The bitmap was open for recording, and not stored since: what is stored does not count."""
+FLAG_AUTO: Final = 1 << 1
+"""It records whenever the image is written."""
+FLAG_EXTRA_COMPATIBLE: Final = 1 << 2
+"""Who does not know the extra data may use the bitmap all the same."""
+DIRTY_TRACKING: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,10 @@ class BitmapEntry:
     flags: int
     table_offset: int
     table_entries: int
+    kind: int = 1
+    """1: a dirty bitmap; there are no others yet."""
+    extra_bytes: int = 0
+    """Of data whose meaning is not known."""
 
 
 async def read_bitmap_directory(storage: Storage, header: Header) -> list[BitmapEntry]:
@@ -48,7 +59,8 @@ async def read_bitmap_directory(storage: Storage, header: Header) -> list[Bitmap
     data = bytes(await storage.read(extension.directory_offset, length))
     entries, at = [], 0
     while at + HEAD_BYTES <= length:
-        name_at = at + HEAD_BYTES + int.from_bytes(data[at + 20 : at + 24], "big")
+        extra_bytes = int.from_bytes(data[at + 20 : at + 24], "big")
+        name_at = at + HEAD_BYTES + extra_bytes
         end = name_at + int.from_bytes(data[at + 18 : at + 20], "big")
         entries.append(
             BitmapEntry(
@@ -57,6 +69,8 @@ async def read_bitmap_directory(storage: Storage, header: Header) -> list[Bitmap
                 flags=int.from_bytes(data[at + 12 : at + 16], "big"),
                 table_offset=int.from_bytes(data[at : at + 8], "big"),
                 table_entries=int.from_bytes(data[at + 8 : at + 12], "big"),
+                kind=data[at + 16],
+                extra_bytes=extra_bytes,
             )
         )
         at = align_up(end, 8)

@@ -10,6 +10,7 @@ from typing import Any, Final, NoReturn, Self
 
 import numpy as np
 
+from nbdserve.bitmaps.bitmap import DirtyBitmap
 from nbdserve.errors import CorruptImageError, ImageError, RequestError, UnsupportedImageError
 from nbdserve.formats.base import (
     BackingReference,
@@ -32,6 +33,7 @@ from nbdserve.formats.qcow2.layout import (
 from nbdserve.formats.qcow2.metadata import metadata_clusters
 from nbdserve.formats.qcow2.refcounts import Refcounts
 from nbdserve.formats.qcow2.snapshots import find_snapshot, read_snapshots
+from nbdserve.formats.qcow2.stored_bitmaps import read_stored_bitmap
 from nbdserve.formats.tables import L2Cache, L2Table, Table, decode_words
 from nbdserve.storage.base import Storage
 from nbdserve.storage.draft import Draft
@@ -243,6 +245,10 @@ class Qcow2Image(Qcow2Format):
             if repair_leaks or repair_errors:
                 self._stop_writing(f"{self.path}: repaired since it was opened, open it anew")
         return await check_qcow2(self, repair_leaks=repair_leaks, repair_errors=repair_errors)
+
+    async def stored_bitmap(self, name: str) -> DirtyBitmap | None:
+        """The bitmap of the bitmaps extension."""
+        return await read_stored_bitmap(self.storage, self.header, name)
 
     # --- tables and free clusters ----------------------------------------------------------------------------------
 

@@ -1,0 +1,49 @@
+"""The dirty bitmaps of a node: whatever changes the disk marks them before it is acknowledged (I7)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from nbdserve.bitmaps.bitmap import DirtyBitmap
+from nbdserve.bitmaps.bitmap_set import BitmapSet
+from nbdserve.block.watchers import Watcher
+from nbdserve.units import KIB
+
+if TYPE_CHECKING:
+    from nbdserve.block.node import Node
+
+_SMALLEST_DEFAULT: Final = 4 * KIB
+_LARGEST_DEFAULT: Final = 64 * KIB
+
+
+class NodeBitmaps(BitmapSet, Watcher):
+    """The bitmaps of one node, which they stay with when its layers change; it is watched while there are any.
+
+    A bitmap added while writes are under way may miss those: add it inside ``Node.drained``.
+    """
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node.size)
+        self._node = node
+
+    @property
+    def default_granularity(self) -> int:
+        """Bytes: the cluster size of the top layer, between 4 and 64 KiB, as QEMU chooses."""
+        node = self._node
+        if node.format == "raw":
+            return _LARGEST_DEFAULT
+        return min(max(node.top.cluster_size, _SMALLEST_DEFAULT), _LARGEST_DEFAULT)
+
+    def adopt(self, bitmap: DirtyBitmap) -> DirtyBitmap:
+        if not self:
+            self._node.watch(self)
+        return super().adopt(bitmap)
+
+    def discard(self, bitmap: DirtyBitmap) -> None:
+        had_some = bool(self)
+        super().discard(bitmap)
+        if had_some and not self:
+            self._node.unwatch(self)
+
+    def resized(self, old_size: int, size: int) -> None:
+        self.resize(size)
