@@ -7,15 +7,17 @@ several disks all need an instant at which no request is half done.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from contextvars import ContextVar
 from itertools import count
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from nbdserve.block.node import Node
+
+T = TypeVar("T")
 
 
 class Pass:
@@ -110,3 +112,21 @@ async def drained(*nodes: Node) -> AsyncIterator[None]:
         for node in sorted(set(nodes), key=lambda node: node.gate.number):
             await stack.enter_async_context(node.drained())
         yield
+
+
+async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Await ``work``, which is not cut short when the caller is cancelled: that is raised at its end.
+
+    For what would leave a chain in pieces, half closed.
+    """
+    task = asyncio.get_running_loop().create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        task.exception()
+        raise cancelled
+    return task.result()

@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -273,7 +273,64 @@ async def _open_layer(
         options["companions"] = await _open_companions(
             driver, storage, roots, files, read_only=read_only, cache=spec.cache, force_share=spec.force_share
         )
-    return await driver.open(storage, options, read_only=read_only)
+    layer = await driver.open(storage, options, read_only=read_only)
+    layer.origin = Origin(replace(spec, format=name), roots)
+    return layer
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """How a layer was opened: ``FormatDriver.origin``."""
+
+    spec: ImageSpec
+    """Of this layer, with the format it has."""
+    roots: ImageRoots
+
+
+async def reopen(node: Node, index: int, *, read_only: bool) -> FormatDriver:
+    """Open ``node.layers[index]`` again, for writing or not, in the place of the one there is; inside ``drained``.
+
+    The file is the same one, whatever its name has become; it is unlocked in between. ImageError, with the layer as it
+    was, when it cannot be: another process uses it, or the file may not be written.
+    """
+    old = node.layers[index]
+    origin, storage = old.origin, old.storage
+    if not isinstance(origin, Origin) or not isinstance(storage, FileStorage):
+        raise ImageError(old.path, "the image is part of another and cannot be opened again")
+    try:
+        fds = [storage.descriptor(read_only=mode) for mode in (read_only, storage.read_only)]
+    except OSError as error:
+        raise ImageError(old.path, f"cannot be opened again: {error.strerror}") from error
+    try:
+        await old.close()
+        try:
+            new = await _open_fd(fds.pop(0), old, origin, read_only=read_only)
+        except Exception:
+            await _replace(node, index, await _open_fd(fds.pop(0), old, origin, read_only=old.read_only))
+            raise
+    finally:
+        for fd in fds:
+            os.close(fd)
+    await _replace(node, index, new)
+    return new
+
+
+async def _open_fd(fd: int, old: FormatDriver, origin: Origin, *, read_only: bool) -> FormatDriver:
+    spec = origin.spec
+    storage = await FileStorage.from_fd(fd, old.path, cache=spec.cache, force_share=spec.force_share)
+    async with AsyncExitStack() as files:
+        files.push_async_callback(storage.close)
+        layer = await _open_layer(storage, old.name, spec, origin.roots, files, read_only=read_only)
+        files.pop_all()
+    return layer
+
+
+async def _replace(node: Node, index: int, layer: FormatDriver) -> None:
+    layers = list(node.layers)
+    if index + 1 < len(layers):
+        layer.accept_backing(layers[index + 1])
+    layers[index] = layer
+    node.replace_layers(layers)
 
 
 async def _open_data_file(

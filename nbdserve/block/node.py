@@ -21,7 +21,7 @@ from nbdserve.block.requests import RangeLocks
 from nbdserve.block.tracking import NodeBitmaps
 from nbdserve.block.watchers import Watcher
 from nbdserve.block.writer import WRITE_DONE, WRITE_WAIT, BatchWriter, Done
-from nbdserve.errors import RequestError
+from nbdserve.errors import ConfigError, RequestError
 from nbdserve.extents import COMPRESSED, DATA, ZERO
 from nbdserve.formats.base import Allocation, FormatDriver
 from nbdserve.storage.base import ReadBuffer, Storage
@@ -51,18 +51,21 @@ class Node:
         detect_zeroes: str = "off",
         writethrough: bool = False,
         guard_probed_raw: bool = False,
+        locks: RangeLocks | None = None,
     ) -> None:
         self.unmap = unmap
         self.detect_zeroes = detect_zeroes
         self.writethrough = writethrough
         self.guard_probed_raw = guard_probed_raw
-        self.locks = RangeLocks()
+        self.locks = locks or RangeLocks()
         self.gate = Gate(self._choose_forms)
         self.changes = 1
         """Changes completed, so that a flush can tell whether another has covered them."""
         self._stable_changes = 0
         self._flush: asyncio.Task[None] | None = None
         self._flush_covers = 0
+        self.busy_with = ""
+        """The type of the job that works on the layers, which nobody else may exchange or resize meanwhile."""
         self._watchers: tuple[Watcher, ...] = ()
         self._guards: tuple[Watcher, ...] = ()
         self._widest = 0
@@ -422,11 +425,15 @@ class Node:
         The new one has to be open for writing if clients write. Layers that are no longer there are the caller's to
         close, after ``drained``.
         """
+        if layers[0] is not self.top:
+            await self.flush()
+        self.replace_layers(layers)
+
+    def replace_layers(self, layers: Sequence[FormatDriver]) -> None:
+        """``reshape`` for one who has flushed, or closed, the layer that was on top."""
         assert self.gate.closed
         assert self.gate.may_pass()
         old_size = self.size
-        if layers[0] is not self.top:
-            await self.flush()
         self._adopt(layers)
         if self.size != old_size:
             self._tell_resized(old_size)
@@ -434,8 +441,11 @@ class Node:
     async def resize(self, size: int) -> None:
         """Give the disk ``size`` bytes; what is new reads as zeroes. Clients see it when they connect again.
 
-        ConfigError when the format of the top layer cannot have that size, or cannot shrink.
+        ConfigError when the format of the top layer cannot have that size, or cannot shrink; and while a job works on
+        the node.
         """
+        if self.busy_with:
+            raise ConfigError(f"{self.path}: is busy: block device is in use by block job: {self.busy_with}")
         async with self.drained():
             old_size = self.size
             await self.top.resize(size)

@@ -483,6 +483,11 @@ class FileStorage(Storage):
         if not self._held:
             await self._close_now()
 
+    def descriptor(self, *, read_only: bool) -> int:
+        """Another descriptor of the same file, whatever its name has become, for ``from_fd``. OSError."""
+        flags = os.O_RDONLY if read_only else os.O_RDWR
+        return os.open(f"/proc/self/fd/{self._fd}", flags | os.O_CLOEXEC)
+
     def hold(self) -> None:
         self._held += 1
 

@@ -1,0 +1,97 @@
+"""Copy-on-read: what layers below the top one decide is put into the top one, unseen by clients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from nbdserve.block.chain import NEEDS_TABLE, resolve
+from nbdserve.block.pieces import zero_pieces
+from nbdserve.extents import UNALLOCATED, ZERO
+from nbdserve.formats.base import Allocation
+from nbdserve.units import MIB, align_down, align_up
+
+if TYPE_CHECKING:
+    from nbdserve.block.node import Node
+
+_LONGEST: Final = MIB
+"""The most that is read and written at a time; and the longest a client's write to the range has to wait."""
+_LONGEST_ZERO: Final = 256 * MIB
+
+
+async def populate(node: Node, offset: int, length: int, below: int) -> int:
+    """Let the top layer hold the start of the range as far as a layer between it and number ``below`` decides it.
+
+    The bytes looked at, at least one. Nothing changes for who reads the node, and what clients write at the same time
+    stays. OSError, RequestError.
+    """
+    async with node.gate:
+        top = node.top
+        while (run := top.lookup(offset, length)) is None:
+            await top.load(offset)
+        if run[0] != UNALLOCATED:
+            return run[1]
+        kind, known, index = await _decision(node, offset, run[1])
+        if index >= below:
+            return known
+        start = align_down(offset, top.granularity)
+        longest = _LONGEST_ZERO if kind == ZERO else _LONGEST
+        stop = min(align_up(offset + min(known, longest), top.granularity), align_up(node.size, top.granularity))
+        async with node.locks.exclusive(align_down(start, top.cluster_size), align_up(stop, top.cluster_size)):
+            return await _fill(node, start, stop, kind) - (offset - start)
+
+
+async def _decision(node: Node, offset: int, length: int) -> tuple[int, int, int]:
+    """``(kind, length, layer index)`` of what decides the start of the range below the top layer."""
+    while True:
+        kind, length, index, _ = resolve(node.layers, offset, length)
+        if kind != NEEDS_TABLE:
+            return kind, length, index
+        await node.layers[index].load(offset)
+
+
+async def _fill(node: Node, start: int, stop: int, kind: int) -> int:
+    """Fill ``[start, stop)``, whole units of the top layer held exclusively, where the top layer is still undecided.
+
+    The bytes done from ``start``.
+    """
+    top = node.top
+    end = min(stop, node.size)
+    while (run := top.lookup(start, end - start)) is None:
+        await top.load(start)
+    if run[0] != UNALLOCATED:
+        return run[1]
+    stop = min(stop, align_up(start + run[1], top.granularity))
+    end = min(stop, node.size)
+    if kind == ZERO and await _all_zero(node, start, end):
+        while (done := node.zero_mapping(start, stop - start, unmap=False)) is None:
+            await top.load(start)
+        if done:
+            return min(done, end - start)
+    stop = min(stop, start + max(_LONGEST, top.granularity))
+    while (allocation := top.allocate(start, stop - start)) is None:
+        await top.prepare(start, stop - start)
+    try:
+        await _write(node, allocation)
+    except Exception:
+        top.abandon(allocation)
+        raise
+    node.publish(allocation)
+    node.changes += 1
+    return min(allocation.length, end - start)
+
+
+async def _all_zero(node: Node, start: int, end: int) -> bool:
+    while start < end:
+        kind, length, _ = await _decision(node, start, end - start)
+        if kind != ZERO:
+            return False
+        start += length
+    return True
+
+
+async def _write(node: Node, allocation: Allocation) -> None:
+    data = bytearray(allocation.length)
+    inside = min(allocation.length, node.size - allocation.offset)
+    view = memoryview(data)[:inside]
+    zero_pieces(view, await node.read_pieces_locked(allocation.offset, view))
+    await node.data.write(allocation.host_offset, data)

@@ -1,0 +1,245 @@
+"""One round: a live job under clients that write at random, ended in some way; every byte is known all the time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+from nbdserve.block.graph import open_image
+from nbdserve.block.node import READ_DATA, READ_ZERO, Node
+from nbdserve.block.spec import ImageSpec
+from nbdserve.block.writer import WRITE_DONE, WRITE_WAIT
+from nbdserve.errors import JobError
+from nbdserve.jobs.commit import ActiveCommit, Commit
+from nbdserve.jobs.job import Job
+from nbdserve.jobs.mirror import Mirror
+from nbdserve.jobs.status import JobStatus
+from nbdserve.jobs.stream import Stream
+from nbdserve.units import KIB, MIB
+from tests.support import images
+
+SIZE = 4 * MIB
+STRIPE = 16 * KIB
+"""Clients write where no other does, but in clusters that others write to."""
+CLIENTS = 3
+KINDS = ("active commit", "commit", "stream", "stream to base", "mirror", "mirror top")
+TOPS = (("qcow2", ""), ("qcow2", "cluster_size=4096"), ("qed", ""), ("qcow2", "extended_l2=on,cluster_size=128k"))
+BASES = (*TOPS, ("raw", ""), ("qcow2", "compat=0.10"), ("vdi", ""), ("parallels", ""))
+
+
+class LiveFailure(AssertionError):
+    """Somebody is wrong; the message says in which round, so that it can be made again."""
+
+
+class Disk:
+    """A node, and what every byte of it should be."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.content = bytearray(node.size)
+
+    async def read(self, offset: int, length: int) -> None:
+        """Read in one of the ways of a session, and compare."""
+        buffer = memoryview(bytearray(length))
+        outcome = self.node.try_read_into(offset, buffer)
+        if outcome == READ_ZERO:
+            buffer = memoryview(bytes(length))
+        elif outcome != READ_DATA:
+            await self.node.read_into(offset, buffer)
+        assert buffer == self.content[offset : offset + length], f"read of {length} bytes at {offset}"
+
+    async def write(self, offset: int, data: bytes) -> None:
+        """Write in one of the ways of a session."""
+        taken = asyncio.get_running_loop().create_future()
+        outcome = self.node.submit_write(offset, memoryview(data), taken.set_result)
+        if outcome == WRITE_WAIT:
+            await self.node.write(offset, data)
+        elif outcome != WRITE_DONE and (error := await taken) is not None:
+            raise error
+        self.content[offset : offset + len(data)] = data
+
+    async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+        await self.node.zero(offset, length, unmap=unmap)
+        self.content[offset : offset + length] = bytes(length)
+
+    async def verify(self) -> None:
+        for offset in range(0, self.node.size, MIB):
+            length = min(MIB, self.node.size - offset)
+            assert await self.node.read(offset, length) == self.content[offset : offset + length], f"at {offset}"
+
+
+async def client(disk: Disk, number: int, rng: random.Random, stop: asyncio.Event) -> int:
+    """Reads and writes in every third stripe until told to stop; the requests made."""
+    stripes = range(number * STRIPE, disk.node.size, CLIENTS * STRIPE)
+    done = 0
+    while not stop.is_set():
+        start = rng.choice(stripes)
+        offset = start + rng.randrange(STRIPE // 512) * 512
+        length = rng.randrange(512, start + STRIPE - offset + 1, 512) if start + STRIPE - offset > 512 else 512
+        what = rng.random()
+        if what < 0.5:
+            await disk.write(offset, rng.randbytes(4) * (length // 4))
+        elif what < 0.6:
+            await disk.zero(offset, length, unmap=rng.random() < 0.5)
+        elif what < 0.65:
+            await disk.node.flush()
+        else:
+            await disk.read(offset, length)
+        done += 1
+        await asyncio.sleep(rng.choice((0, 0, 0.001)))
+    return done
+
+
+async def _fill(node: Node, rng: random.Random, content: bytearray) -> None:
+    disk = Disk(node)
+    disk.content = content
+    for _ in range(rng.randrange(1, 12)):
+        offset, length = images.random_range(rng, node.size, largest=MIB)
+        if rng.random() < 0.2:
+            await disk.zero(offset, length, unmap=True)
+        else:
+            await disk.write(offset, rng.randbytes(512) * (length // 512))
+    await disk.verify()
+    await node.close()
+
+
+class Round:
+    """The images of one round, and what is done to them."""
+
+    def __init__(self, kind: str, seed: int, folder: Path) -> None:
+        self.kind = kind
+        self.rng = random.Random(f"{kind} {seed}")
+        self.folder = folder
+        self.step = "make"
+        self.files: list[tuple[Path, str]] = []
+
+    async def run(self) -> str:
+        content = bytearray(SIZE)
+        shapes = [self.rng.choice(BASES), *(self.rng.choice(TOPS) for _ in range(self.rng.randrange(2, 4)))]
+        backing = None
+        for number, (fmt, options) in enumerate(shapes):
+            path = self.folder / f"layer{number}.{fmt}"
+            images.create(path, SIZE, fmt=fmt, options=options, backing=backing)
+            backing = (path.name, fmt)
+            self.files.append((path, fmt))
+            await _fill(await self._open(path, fmt), self.rng, content)
+        node = await self._open(*self.files[-1])
+        disk = Disk(node)
+        disk.content = content
+        self.step = "job"
+        job, target = await self._job(node)
+        stop = asyncio.Event()
+        clients = [
+            asyncio.create_task(client(disk, number, random.Random(self.rng.random()), stop))
+            for number in range(CLIENTS)
+        ]
+        try:
+            end = await self._end(job)
+            failed = [task for task in clients if task.done()]
+        finally:
+            stop.set()
+            results = await asyncio.gather(*clients, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        assert not failed
+        self.step = f"after {end}"
+        if end not in ("cancelled", "soft") and job.error is not None:
+            raise job.error
+        await disk.verify()
+        await node.flush()
+        result_path, result_format = Path(node.path), node.format
+        await node.close()
+        self.step = f"stock after {end}"
+        for path, fmt in [*self.files, *([target] if target and end in ("complete", "soft") else [])]:
+            if path.exists() and fmt not in ("raw",):
+                with contextlib.suppress(ValueError):
+                    images.check(path, fmt, leaks_allowed=True)
+        assert images.raw_content(result_path, result_format, self.folder) == disk.content
+        return f"{self.kind}: {end}, {sum(results)} requests"  # type: ignore[arg-type]
+
+    async def _open(self, path: Path, fmt: str) -> Node:
+        """``path``, on the layers made so far without the last one."""
+        below = self._formats(len(self.files) - 2)
+        return await open_image(ImageSpec(str(path), fmt, discard="unmap", backing=below or "header"))
+
+    def _formats(self, index: int) -> ImageSpec | None:
+        """The formats of the layers below, which QED does not say."""
+        if index < 0:
+            return None
+        return ImageSpec("", self.files[index][1], discard="unmap", backing=self._formats(index - 1))
+
+    async def _job(self, node: Node) -> tuple[Job, tuple[Path, str] | None]:
+        last = len(node.layers) - 1
+        speed = self.rng.choice((0, 0, 8 * MIB, 32 * MIB))
+        if self.kind == "active commit":
+            return ActiveCommit("job", node, self.rng.randrange(1, last + 1), speed=speed), None
+        if self.kind == "commit":
+            top = self.rng.randrange(1, last)
+            return Commit("job", node, top, self.rng.randrange(top + 1, last + 1), speed=speed), None
+        if self.kind == "stream":
+            return Stream("job", node, speed=speed), None
+        if self.kind == "stream to base":
+            return Stream("job", node, self.rng.randrange(1, last + 1), speed=speed), None
+        fmt, options = self.rng.choice((("qcow2", ""), ("raw", ""), ("qed", "")))
+        path = self.folder / f"target.{fmt}"
+        backing = (self.files[-2][0].name, self.files[-2][1]) if self.kind == "mirror top" and fmt != "raw" else None
+        images.create(path, SIZE, fmt=fmt, options=options, backing=backing)
+        target = await (self._open(path, fmt) if backing else open_image(ImageSpec(str(path), fmt, discard="unmap")))
+        sync = "top" if backing else "full"
+        return Mirror("job", node, target, sync=sync, target_is_zero=not backing, speed=speed), (path, fmt)
+
+    async def _end(self, job: Job) -> str:
+        """Start the job and bring it to one of its ends."""
+        rng = self.rng
+        job.announce(lambda event: None)
+        job.start()
+        way = rng.choice(("complete", "complete", "complete", "cancelled", "soft", "pause"))
+        delay = rng.random() * rng.choice((0.02, 0.3))
+        if way == "pause":
+            await asyncio.sleep(delay)
+            with contextlib.suppress(JobError):
+                job.pause()
+                await asyncio.sleep(0.02)
+                job.resume()
+            way = "complete"
+        if way == "cancelled":
+            await asyncio.sleep(delay)
+            with contextlib.suppress(JobError):
+                job.cancel(force=True)
+            async with asyncio.timeout(60):
+                await job.wait()
+            return "cancelled" if job.cancelled else "complete"
+        async with asyncio.timeout(60):
+            if job.completes:
+                while job.status is not JobStatus.READY and not job.ended:
+                    await asyncio.sleep(0.005)
+                await asyncio.sleep(rng.random() * 0.05)
+                if not job.ended:
+                    (job.complete if way == "complete" else job.cancel)()
+            await job.wait()
+        if way == "soft" and not job.completes:
+            way = "complete"
+        return way
+
+
+def run_round(kind: str, seed: int, keep: Path | None = None) -> str:
+    """One round; a line that says what was done. ``keep``: where the images of a failing one are left."""
+    folder = Path(tempfile.mkdtemp(dir=keep or images.SCRATCH))
+    round_ = Round(kind, seed, folder)
+    try:
+        done = asyncio.run(round_.run())
+    except Exception as error:
+        where = f"\nkept: {folder}" if keep else ""
+        text = str(error) or type(error).__name__
+        raise LiveFailure(f"{kind}, seed {seed}, step: {round_.step}\n{text}{where}") from error
+    else:
+        keep = None
+        return done
+    finally:
+        if keep is None:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,114 @@
+"""Stream: the top layer becomes independent of the layers below it, or of those above a base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nbdserve.errors import JobError, RequestError
+from nbdserve.formats.qcow2.driver import Qcow2Driver
+from nbdserve.jobs.status import JobStatus
+from nbdserve.jobs.stream import Stream
+from tests.jobs.chains import UNIT, begin, chain, letters, opened, until
+
+
+@pytest.mark.parametrize("top", ["qcow2", "qed"])
+async def test_everything(tmp_path: Path, top: str) -> None:
+    node = await chain(tmp_path, "raw 0a 1a 2a 9a", "qcow2 1b 2z", f"{top} 3c")
+    await node.zero(9 * UNIT, UNIT)
+    await Stream("job", node).result()
+    assert len(node.layers) == 1
+    assert node.top.backing is None
+    assert await letters(node) == "ab.c"
+    await node.close()
+    for name in ("0.raw", "1.qcow2"):
+        (tmp_path / name).unlink()
+    assert await opened(tmp_path / f"2.{top}") == "ab.c"
+
+
+async def test_down_to_a_base(tmp_path: Path) -> None:
+    node = await chain(tmp_path, "raw 0a 1a 2a 3a", "qcow2 1b 2z", "qcow2 0c")
+    await Stream("job", node, 2).result()
+    assert [Path(layer.path).name for layer in node.layers] == ["2.qcow2", "0.raw"]
+    assert await letters(node) == "cb.a"
+    await node.close()
+    assert await opened(tmp_path / "2.qcow2") == "cb.a"
+
+
+async def test_a_layer_that_ends_early_hides_the_base(tmp_path: Path) -> None:
+    node = await chain(tmp_path, "raw 0a 1a 2a 3a", "qcow2 0b", "qcow2", sizes=(4 * UNIT, 2 * UNIT, 4 * UNIT))
+    assert await letters(node) == "ba"
+    await Stream("job", node, 2).result()
+    assert await letters(node) == "ba"
+    await node.close()
+
+
+async def test_clients_write_meanwhile_and_cancel_leaves_a_chain(tmp_path: Path) -> None:
+    node = await chain(tmp_path, "raw 0a 1a 2a 3a 4a 5a", "qcow2")
+    job = begin(Stream("job", node, speed=UNIT))
+    await until(job, JobStatus.RUNNING)
+    await node.write(0, b"b" * UNIT)
+    await node.zero(UNIT, UNIT)
+    job.cancel()
+    await job.wait()
+    assert len(node.layers) == 2
+    assert await letters(node) == "b.aaaa"
+    await node.close()
+    assert await opened(tmp_path / "1.qcow2") == "b.aaaa"
+
+
+@pytest.mark.parametrize("policy", ["report", "ignore", "stop"])
+async def test_what_cannot_be_read_keeps_the_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    node = await chain(tmp_path, "raw 0a 1a 7a", "qcow2 2b")
+    real = node.read_pieces_locked
+    broken = True
+
+    async def fail(offset: int, buffer: memoryview) -> object:
+        if broken:
+            raise RequestError(5, "bad sector")
+        return await real(offset, buffer)
+
+    monkeypatch.setattr(node, "read_pieces_locked", fail)
+    job = begin(Stream("job", node, on_error=policy))
+    if policy == "stop":
+        await until(job, JobStatus.PAUSED)
+        broken = False
+        job.resume()
+        await job.wait()
+        assert job.error is None
+        assert len(node.layers) == 1
+    else:
+        await job.wait()
+        assert job.error_text == "bad sector"
+        assert len(node.layers) == 2
+        broken = False
+    assert await letters(node) == "aab....a"
+    await node.close()
+
+
+async def test_a_header_that_cannot_be_written_keeps_the_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await chain(tmp_path, "raw 0a", "qcow2 1b")
+
+    async def fail(driver: Qcow2Driver, *arguments: object) -> None:
+        raise OSError(5, "no")
+
+    monkeypatch.setattr(Qcow2Driver, "set_backing", fail)
+    with pytest.raises(OSError, match="no"):
+        await Stream("job", node).result()
+    assert len(node.layers) == 2
+    assert await letters(node) == "ab"
+    await node.close()
+
+
+async def test_nothing_to_do(tmp_path: Path) -> None:
+    node = await chain(tmp_path, "raw 0a", "qcow2 1b")
+    await Stream("job", node, 1).result()
+    assert len(node.layers) == 2
+    with pytest.raises(JobError, match="no layer"):
+        Stream("job", node, 3)
+    await node.close()
