@@ -40,7 +40,7 @@ class ParallelsCheck(FlatCheck):
             return max(end, self.storage.size)
         used = [header.extension_offset] if self.image.extension.bitmaps else []
         for bitmap in self.image.extension.bitmaps:
-            used += [sector * SECTOR_SIZE for sector in bitmap.l1 if sector > 1]
+            used += [at for sector in bitmap.l1 if sector > 1 and (at := sector * SECTOR_SIZE) < self.storage.size]
         return max(end, *(offset + header.cluster_size for offset in used)) if used else end
 
     async def judge(self) -> CheckResult:

@@ -38,7 +38,7 @@ async def make_room(storage: Storage, header: Header, sector: bytes) -> tuple[He
     It cannot where the data area has holes (closing the image mends that), or ends behind 4 GiB, where the map's offset
     must not be. OSError.
     """
-    if header.type == layout.TYPE_STATIC or TwoMaps.of(header) is not None:
+    if header.type == layout.TYPE_STATIC or header.end > header.map_offset or TwoMaps.of(header) is not None:
         return header, sector
     found = await _map_of(storage, header).scan(_units, header.disk_blocks)
     allocated, block = found.allocated, header.block_size

@@ -33,7 +33,7 @@ FILE_TYPES: Final = frozenset(
 )
 """The createTypes of descriptors that are files of their own."""
 
-_KEY: Final = re.compile(rb"\s*(\w+)\s*=\s*(.*?)\s*")
+_KEY: Final = re.compile(rb"\w+")
 _EXTENT: Final = re.compile(
     rb'\s*(?P<access>\w+)\s+(?P<sectors>\d{1,20})\s+(?P<type>\w+)(?:\s+"(?P<name>[^"]*)"(?:\s+(?P<offset>\d{1,20}))?.*)?\s*'
 )
@@ -90,8 +90,10 @@ class Descriptor:
                 extents.append(_parse_extent(line, path))
                 if len(extents) > MAX_EXTENTS:
                     raise UnsupportedImageError(path, f"more than {MAX_EXTENTS}", field="extents", value=len(extents))
-            elif (match := _KEY.fullmatch(line)) is not None:
-                values.setdefault(match[1].lower(), match[2])
+                continue
+            key, equals, value = line.partition(b"=")
+            if equals and _KEY.fullmatch(key.strip()) is not None:
+                values.setdefault(key.strip().lower(), value.strip())
         digits = _CID.search(text)
         return cls(
             cid=_content_id(values, "CID", path),

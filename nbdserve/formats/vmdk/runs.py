@@ -19,6 +19,8 @@ from nbdserve.units import MIB
 
 BATCH_BYTES: Final = 1 * MIB
 """Grain tables decoded in one turn of the event loop."""
+_MOST_TABLES: Final = 4096
+"""The same for tables of a few bytes, each of which may be a read."""
 
 
 async def iter_runs(extents: Sequence[Extent], data: Storage, start: int, end: int) -> RunStream:
@@ -49,7 +51,7 @@ async def _flat_runs(extent: FlatExtent, data: Storage, start: int, end: int) ->
 
 async def _sparse_runs(extent: SparseExtent, start: int, end: int) -> RunStream:
     coverage = extent.header.coverage
-    most = max(1, BATCH_BYTES // extent.header.table_bytes)
+    most = max(1, min(_MOST_TABLES, BATCH_BYTES // extent.header.table_bytes))
     while start < end:
         first, stop = start // coverage, -(-end // coverage)
         used = extent.directory[first : min(stop, first + (1 << 16))] != 0

@@ -6,6 +6,7 @@ footer is last in the file throughout.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -15,7 +16,7 @@ from nbdserve.formats.tables import AnyWords
 from nbdserve.formats.vpc import image, layout
 from nbdserve.formats.vpc.fixed import FixedDriver
 from nbdserve.formats.vpc.image import BAD
-from nbdserve.formats.vpc.layout import ENTRY_SIZE, UNUSED
+from nbdserve.formats.vpc.layout import ENTRY_SIZE, UNUSED, DynamicHeader, Locator
 from nbdserve.formats.vpc.space import BlockSpace
 from nbdserve.units import MIB, SECTOR_SIZE, div_ceil
 
@@ -79,7 +80,7 @@ class _Check:
             self._error("dynamic disk header: wrong checksum")
         if header.table_offset % SECTOR_SIZE:
             self._error(f"dynamic disk header: table offset = {header.table_offset:#x} is not a multiple of 512")
-        if image.metadata_end(self.driver.footer, header) > self.driver.storage.size:
+        if _mended(self.driver) != header:
             self._error("dynamic disk header: what it points at does not end inside the file")
 
     def _table(self, words: AnyWords) -> None:
@@ -99,7 +100,7 @@ class _Check:
 
     def _space(self, words: AnyWords) -> None:
         driver, result = self.driver, self.result
-        end = image.used_end(driver.footer, driver.header, driver.table.words)
+        end = image.used_end(driver.footer, _mended(driver), driver.table.words)
         result.image_end_offset = end + layout.FOOTER_SIZE
         tail = driver.storage.size - result.image_end_offset
         if driver.storage.grows_zeroed and tail > 0:
@@ -113,6 +114,20 @@ def _stride(driver: VpcDriver) -> int:
     return (driver.header.bitmap_size + driver.header.block_size) // SECTOR_SIZE
 
 
+def _mended(driver: VpcDriver) -> DynamicHeader:
+    """The header without what it says to be outside the file: parent locators, and entries behind those of the disk.
+
+    The parent's name is in the header as well.
+    """
+    header, size = driver.header, driver.storage.size
+    is_inside = header.table_offset + header.max_entries * ENTRY_SIZE <= size
+    entries = header.max_entries if is_inside else len(driver.table.words)
+    locators = tuple(
+        at if not at.used or at.offset + at.length <= size else Locator(bytes(4), 0, 0) for at in header.locators
+    )
+    return replace(header, max_entries=entries, locators=locators)
+
+
 async def _stored_words(driver: VpcDriver) -> AnyWords:
     """The entries as they are on disk."""
     stored = await driver.storage.read(driver.header.table_offset, len(driver.table.words) * ENTRY_SIZE)
@@ -123,25 +138,28 @@ def _misplaced(driver: VpcDriver, words: AnyWords) -> dict[int, str]:
     """What is wrong with the place of a block, by its number. Of two blocks in one place the first one is right."""
     problems: dict[int, str] = {}
     stride, size = _stride(driver), driver.storage.size
-    ranges = [
-        (start // SECTOR_SIZE, div_ceil(end, SECTOR_SIZE), what)
-        for start, end, what in image.metadata_ranges(driver.footer, driver.header)
-    ]
-    order = np.argsort(words, kind="stable")
-    order = order[words[order] != UNUSED]
+    outside = driver.table.words == BAD
+    for index in np.flatnonzero(outside).tolist():
+        lost = int(words[index]) * SECTOR_SIZE + driver.header.bitmap_size >= size
+        problems[index] = "not inside the file" if lost else "not wholly inside the file"
+    left = (words != UNUSED) & ~outside
+    places = words.astype(np.int64)
+    for start, end, what in image.metadata_ranges(driver.footer, _mended(driver)):
+        first, last = start // SECTOR_SIZE, div_ceil(end, SECTOR_SIZE)
+        inside = left & (places < min(last, BAD)) & (places + stride > min(first, BAD))
+        problems.update(dict.fromkeys(np.flatnonzero(inside).tolist(), f"in {what}"))
+        left &= ~inside
+    order = np.flatnonzero(left)
+    order = order[np.argsort(places[order], kind="stable")]
+    near = np.flatnonzero(np.diff(places[order]) < stride) + 1
+    # One that is in the place of the last right one is not in the way of the next.
     last, owner = -stride, -1
-    for index, place in zip(order.tolist(), words[order].tolist(), strict=True):
-        if driver.table.words[index] == BAD:
-            lost = place * SECTOR_SIZE + driver.header.bitmap_size >= size
-            problems[index] = "not inside the file" if lost else "not wholly inside the file"
-            continue
-        inside = [what for start, end, what in ranges if place < end and place + stride > start]
-        if inside:
-            problems[index] = f"in {inside[0]}"
-        elif place < last + stride:
+    for at in np.unique(np.concatenate((near - 1, near))).tolist():
+        index = int(order[at])
+        if places[index] < last + stride:
             problems[index] = f"in the place of block {owner}"
         else:
-            last, owner = place, index
+            last, owner = int(places[index]), index
     return problems
 
 
@@ -152,7 +170,7 @@ async def _repair(driver: VpcDriver, *, errors: bool) -> None:
         size = driver.footers.end_size
         await storage.write_stable([(storage.size - size, footer.build()[:size])])
         return
-    header, words = driver.header, await _stored_words(driver)
+    header, words = _mended(driver), await _stored_words(driver)
     problems = _misplaced(driver, words) if errors else {}
     kept = words.copy()
     moved: list[int] = []

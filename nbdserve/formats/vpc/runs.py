@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 _BLOCKS: Final = 1 << 16
 """Table entries looked at in one turn of the event loop."""
 _BITMAP_BYTES: Final = MIB // 8
-"""Of sector bitmaps, likewise: a million sectors."""
+"""Of sector bitmaps, read together."""
+_BYTES: Final = 1 << 14
+"""Of these, looked at in one turn: 131072 sectors, of which a single block can have 32 times as many."""
 
 
 async def iter_block_runs(driver: VpcDriver, start: int, end: int) -> RunStream:
@@ -47,15 +49,18 @@ async def iter_sector_runs(driver: DifferencingDriver, start: int, end: int) -> 
             count = min(most, last - first - at)
             bits = await _read_bitmaps(driver, first + at, place[at : at + count])
             sectors = unit // SECTOR_SIZE
-            here = np.unpackbits(bits, axis=1, count=sectors).reshape(-1).astype(bool)
-            offsets = np.repeat(place[at : at + count] + header.bitmap_size, sectors)
-            offsets += np.tile(np.arange(sectors, dtype=np.int64) * SECTOR_SIZE, count)
-            offsets[~here] = -1
-            starts = (first + at) * unit + np.arange(count * sectors, dtype=np.int64) * SECTOR_SIZE
-            kinds = np.where(here, np.uint8(DATA), np.uint8(UNALLOCATED))
-            piece_start, piece_end = max(start, (first + at) * unit), min(end, (first + at + count) * unit)
-            yield _cut(starts, SECTOR_SIZE, kinds, offsets, piece_start, piece_end)
-            await asyncio.sleep(0)
+            packed = bits[:, : sectors // 8].reshape(-1)
+            for low in range(0, len(packed), _BYTES):
+                here = np.unpackbits(packed[low : low + _BYTES]).astype(bool)
+                block, inside = np.divmod(np.arange(low * 8, low * 8 + len(here), dtype=np.int64), sectors)
+                starts = (first + at + block) * unit + inside * SECTOR_SIZE
+                offsets = place[at + block] + header.bitmap_size + inside * SECTOR_SIZE
+                offsets[~here] = -1
+                piece_start, piece_end = max(start, int(starts[0])), min(end, int(starts[-1]) + SECTOR_SIZE)
+                if piece_start < piece_end:
+                    kinds = np.where(here, np.uint8(DATA), np.uint8(UNALLOCATED))
+                    yield _cut(starts, SECTOR_SIZE, kinds, offsets, piece_start, piece_end)
+                await asyncio.sleep(0)
 
 
 def _ranges(start: int, end: int, unit: int, most: int) -> Iterator[tuple[int, int]]:

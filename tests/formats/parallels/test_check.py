@@ -119,6 +119,17 @@ async def test_the_clusters_of_a_bitmap_are_in_use(tmp_path: Path, transit: bool
     await driver.close()
 
 
+async def test_a_bitmap_outside_the_file_makes_no_file_longer(tmp_path: Path) -> None:
+    header = plan(SIZE, cluster_size=CLUSTER)
+    header = dataclasses.replace(header, extension_offset=2 * CLUSTER)
+    bitmap = extension.build_bitmap(DirtyBitmap(ID, CLUSTER, ((1 << 64) - 1,)), header)
+    head = (header.build() + struct.pack("<I", 1)).ljust(CLUSTER, b"\0")
+    path = tmp_path / "a"
+    path.write_bytes(head + b"d" * CLUSTER + extension.build((bitmap,), CLUSTER) + bytes(CLUSTER))
+    result = await _check(path, repair_leaks=True, repair_errors=True)
+    assert (result.leaks_fixed, result.image_end_offset, path.stat().st_size) == (1, 3 * CLUSTER, 3 * CLUSTER)
+
+
 async def test_repairing_an_image_in_use_drops_its_bitmaps(tmp_path: Path) -> None:
     path = _image(tmp_path / "a", [0, 1, 0, 0, 0, 0], 1, in_use=True)
     with path.open("r+b") as file:

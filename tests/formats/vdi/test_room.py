@@ -109,6 +109,23 @@ async def test_a_crash_at_any_point_leaves_a_clean_image(tmp_path: Path, order: 
     assert len(seen) > 4 and among
 
 
+async def test_small_blocks_of_which_several_move(tmp_path: Path) -> None:
+    """QEMU knows no such images."""
+    header = dataclasses.replace(layout.plan(MIB), block_size=4096, blocks=256, blocks_allocated=2, data_offset=1536)
+    entries = struct.pack("<256I", *(FREE if block not in (9, 200) else block == 9 for block in range(256)))
+    path = tmp_path / "a.vdi"
+    path.write_bytes(header.build() + entries + b"a" * 4096 + b"b" * 4096)
+    model = bytearray(MIB)
+    model[9 * 4096 : 10 * 4096], model[200 * 4096 : 201 * 4096] = b"b" * 4096, b"a" * 4096
+    driver = await open_with(VdiDriver, path)
+    assert (driver.header.data_offset - 1536) // 4096 > 2
+    assert await flat.read(driver, 0, MIB) == model
+    await flat.random_changes(driver, model, 100, seed=1)
+    await driver.close()
+    assert dissected(path) == model
+    assert (await flat.check_alone(VdiDriver, path)).leaks == 0
+
+
 async def test_the_repair_finishes_what_a_crash_left(tmp_path: Path) -> None:
     path = tmp_path / "a.vdi"
     model = _stock(path, 5 * MIB, [3, 1, 4])

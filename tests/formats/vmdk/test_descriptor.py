@@ -90,6 +90,15 @@ def test_lengths_are_bounded() -> None:
         Descriptor.parse(b"#" * (1 << 20) + b"\n#", "x")
 
 
+def test_a_value_with_a_million_spaces_is_read_at_once() -> None:
+    """Neither it nor what stands around it is gone through again and again."""
+    spaces = b" " * 300_000
+    text = b"parentFileNameHint" + spaces + b"=" + spaces + b"a" + spaces + b"b" + spaces
+    with pytest.raises(CorruptImageError, match="at most 1023 bytes"):
+        Descriptor.parse(text[: (1 << 20) - 1], "x")
+    assert Descriptor.parse(b" createType =  a" + spaces + b"b \n", "x").create_type == "a" + " " * 1022
+
+
 def test_a_new_cid_takes_the_place_of_the_old_one() -> None:
     assert with_other_cid(b"12345678", 0xABCDEF01) == b"abcdef01"
     assert with_other_cid(b"12345678", 0x12345678) == b"12345679"

@@ -4,6 +4,7 @@ import pytest
 
 from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO
+from nbdserve.formats.vmdk import runs
 from nbdserve.formats.vmdk.driver import VmdkDriver
 from nbdserve.units import KIB, MIB
 from tests.formats.vmdk.files import GRAIN, described, driver_of, patch, put, qemu_io, stock
@@ -60,6 +61,19 @@ async def test_grains_of_a_sparse_extent(tmp_path: Path) -> None:
         (2 * GRAIN, GRAIN, ZERO, -1),
         (3 * GRAIN, GRAIN - 7, DATA, first + 2 * GRAIN),
     ]
+    await driver.close()
+
+
+async def test_a_few_tables_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = stock(tmp_path / "a.vmdk", 200 * MIB)
+    qemu_io(path, "write 31M 2M", f"write {100 * MIB} 64k")
+    driver = await driver_of(path, read_only=True)
+    whole = await mapping(driver)
+    monkeypatch.setattr(runs, "_MOST_TABLES", 1)
+    parts = [piece async for piece in driver.iter_runs(0, driver.size)]
+    assert len(parts) == -(-200 // 32)
+    starts = {start for piece in parts for start in piece.start.tolist()}
+    assert starts == {run[0] for run in whole} | {table * 32 * MIB for table in range(7)}
     await driver.close()
 
 

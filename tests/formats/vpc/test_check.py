@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nbdserve.formats.vpc.driver import VpcDriver
+from nbdserve.formats.vpc.layout import checksum
 from nbdserve.storage.file import FileStorage
 from tests.formats.vpc.files import content, make, open_driver, open_node, same_as_stock, scribble
 from tests.support.recording import ByteStorage
@@ -164,6 +165,30 @@ async def test_a_differencing_image(tmp_path: Path) -> None:
     data[512 + 60] ^= 1
     path.write_bytes(data)
     assert (await checked(path, errors=True))[:4] == (0, 0, 2, 0)
+    assert await content(path) == model
+
+
+@pytest.mark.parametrize("field", ["locator", "table"])
+async def test_what_the_header_has_outside_the_file(tmp_path: Path, field: str) -> None:
+    """A repair makes the header shorter, not the file longer."""
+    base, model = await image(tmp_path)
+    base = base.rename(tmp_path / "base.vhd")
+    path = await make(tmp_path / "a.vhd", SIZE, base, block_size="4k")
+    await scribble(path, model, 1, 6)
+    data = bytearray(path.read_bytes())
+    if field == "locator":
+        struct.pack_into(">4sIIIQ", data, 512 + 576, b"W2ru", 512, 100, 0, (1 << 64) - 200)
+    else:
+        struct.pack_into(">I", data, 512 + 28, 0xFFFF_FFFF)
+    data[512 + 36 : 512 + 40] = checksum(data[512:1536], 36).to_bytes(4, "big")
+    path.write_bytes(data)
+    found = await checked(path)
+    assert found[:2] == (1, 0) and "what it points at does not end inside the file" in found[4]
+    driver = await open_driver(path, read_only=True)
+    assert (await driver.check()).image_end_offset == len(data)
+    await driver.close()
+    assert (await checked(path, leaks=True, errors=True))[:4] == (0, 0, 1, 0)
+    assert path.stat().st_size == len(data)
     assert await content(path) == model
 
 

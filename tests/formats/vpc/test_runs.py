@@ -57,9 +57,13 @@ async def test_as_lookup(tmp_path: Path, kind: str, start: int, end: int) -> Non
     else:
         await make(path, SIZE, parent, block_size="4k" if kind == "small blocks" else "2M")
     await scribble(path, bytearray(SIZE), 3, 8)
-    for batch in (1 << 16, 3):
+    for batch, bits in ((1 << 16, 1 << 14), (3, 96)):
         driver = await open_driver(path, read_only=True)
-        with patch.object(runs, "_BLOCKS", batch), patch.object(runs, "_BITMAP_BYTES", 512 * batch):
+        with (
+            patch.object(runs, "_BLOCKS", batch),
+            patch.object(runs, "_BITMAP_BYTES", 512 * batch),
+            patch.object(runs, "_BYTES", bits),
+        ):
             found = await mapping(driver, start, end)
         sectors = {
             at: (kind_, host_offset + at - begin if kind_ == DATA else -1)
