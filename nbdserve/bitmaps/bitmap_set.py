@@ -72,9 +72,9 @@ class BitmapSet:
     def create_successor(self, bitmap: DirtyBitmap) -> None:
         """Freeze ``bitmap`` for a job; a successor records from now on if it did, and it is busy.
 
-        ConfigError when it is not usable.
+        ConfigError when it cannot be read.
         """
-        bitmap.check_usable()
+        bitmap.check_usable(reading=True)
         successor = self.adopt(DirtyBitmap(None, bitmap.size, bitmap.granularity))
         successor.disabled, bitmap.disabled = bitmap.disabled, True
         bitmap.successor, bitmap.busy = successor, True
