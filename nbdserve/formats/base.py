@@ -127,6 +127,8 @@ class FormatDriver(ABC):
     name: ClassVar[str]
     """QEMU's format name."""
     create_options: ClassVar[tuple[CreateOption, ...]] = ()
+    amend_options: ClassVar[tuple[CreateOption, ...]] = ()
+    """What ``amend`` takes."""
     has_snapshots: ClassVar[bool] = False
     """``open`` takes ``snapshot``, the id or name of an internal snapshot, and is then read-only."""
     backing_formats: ClassVar[tuple[str, ...] | None] = ()
@@ -353,6 +355,14 @@ class FormatDriver(ABC):
         one where the format has a place for both (each driver says so). ``backing`` is the open image of that name,
         where the format keeps its identity (``needs_open_backing``). ConfigError, with nothing changed, when the
         header cannot say it: no room, or a format it has no word for.
+        """
+        raise NotImplementedError
+
+    async def amend(self, options: Mapping[str, str]) -> None:
+        """Change what ``create`` decided. Options are strings as after ``-o``, of ``amend_options``. Stable on return.
+
+        No request is under way; what the engine remembers of the mapping is void afterwards. ConfigError, with nothing
+        changed, for what cannot be; CorruptImageError for an image that has to be repaired first.
         """
         raise NotImplementedError
 

@@ -158,6 +158,10 @@ class _Run:
                 left = tuple(pair for pair in view.snapshots if pair[0] != name)
                 options.append(("delete", lambda name=name: top.delete_snapshot(name), View(view.disk, left)))  # type: ignore[misc]
                 options.append(("apply", lambda name=name: top.apply_snapshot(name), View(content, view.snapshots)))  # type: ignore[misc]
+        if top.can("amend"):
+            chosen = self.rng.choice(("compat=0.10", "compat=1.1", "refcount_bits=16", "refcount_bits=32"))
+            name, _, value = chosen.partition("=")
+            options.append((f"amend {chosen}", lambda: top.amend({name: value}), view))
         kind, act, after = self.rng.choice(options)
         if kind == "create":
             new = max((int(name) for name, _ in view.snapshots), default=0) + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from nbdserve.cli.image.amend import amend
 from nbdserve.cli.image.check import check
 from nbdserve.cli.image.create import create
 from nbdserve.cli.image.info import info
@@ -25,4 +26,5 @@ app.command("map")(map_image)
 app.command("check")(check)
 app.command("resize", context_settings={"ignore_unknown_options": True})(resize)  # -1G is a size
 app.command("snapshot")(snapshot)
+app.command("amend")(amend)
 app.add_typer(raw_cow)

@@ -52,10 +52,9 @@ def resize(
     """Change the size of an image's disk. What it grows by reads as zeroes; partitions stay as they are."""
     if preallocation not in PREALLOCATION:
         raise ConfigError(f"Invalid preallocation mode '{preallocation}': use one of {', '.join(PREALLOCATION)}")
-    sign, amount = size[:1] if size[:1] in ("+", "-") else "", _parsed(size.removeprefix("+").removeprefix("-"))
     flags = ImageSpec(file, format_name, discard="unmap", secret=chosen_secret(secret_file, secret_env))
     spec = image_from_filename(file, flags)
-    asyncio.run(_resize(spec, roots_for(spec.path, image_root), sign, amount, preallocation, shrink=shrink))
+    asyncio.run(resize_image(spec, roots_for(spec.path, image_root), size, preallocation, shrink=shrink))
     if not quiet:
         print("Image resized.")
     return 0
@@ -68,9 +67,12 @@ def _parsed(text: str) -> int:
         raise ConfigError(f"Invalid image size specified: {error}") from None
 
 
-async def _resize(
-    spec: ImageSpec, roots: ImageRoots, sign: str, amount: int, preallocation: str, *, shrink: bool
+async def resize_image(
+    spec: ImageSpec, roots: ImageRoots, size_text: str, preallocation: str = "off", *, shrink: bool
 ) -> None:
+    """Give the image the size written as on the command line. ConfigError."""
+    sign = size_text[:1] if size_text[:1] in ("+", "-") else ""
+    amount = _parsed(size_text.removeprefix(sign))
     node = await open_image(spec, roots)
     try:
         top, old = node.top, node.size

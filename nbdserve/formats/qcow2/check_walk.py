@@ -76,6 +76,8 @@ class Metadata:
     """``(host_offset, length)`` of everything but L2 tables, data and the refcount structure."""
     file_size: int
     """Bytes, in whole sectors."""
+    without_zeroes: bool = False
+    """Entries that read as zeroes (standard ones) are taken for empty."""
     findings: Findings = field(default_factory=Findings)
 
     @property
@@ -186,6 +188,14 @@ class Tables:
     """Clusters with a host cluster of their own, be their content data or zeroes."""
     host_offset: Int64Array
     """Of ``allocated`` entries, bytes."""
+    zeroes: BoolArray | None = None
+    """Entries that were taken for empty, ``without_zeroes``."""
+
+    def empty_zeroes(self) -> None:
+        """Take standard entries with the ZERO flag for empty."""
+        self.zeroes = ~self.compressed & (self.entries & np.uint64(layout.ZERO_FLAG) != 0)
+        self.entries[self.zeroes] = 0
+        self.allocated &= ~self.zeroes
 
 
 async def walk_l2(storage: Storage, metadata: Metadata, *, active_only: bool = False) -> AsyncIterator[Tables]:
@@ -200,7 +210,10 @@ async def walk_l2(storage: Storage, metadata: Metadata, *, active_only: bool = F
         part = chosen[first : first + per_batch]
         offsets = metadata.l2_offsets[part]
         data = await read_clusters(storage, offsets, header.cluster_size)
-        yield decode_l2(header, data, offsets, metadata.l2_weight[part], metadata.l2_active[part])
+        tables = decode_l2(header, data, offsets, metadata.l2_weight[part], metadata.l2_active[part])
+        if metadata.without_zeroes:
+            tables.empty_zeroes()
+        yield tables
 
 
 async def read_clusters(storage: Storage, offsets: Int64Array, cluster_size: int) -> bytearray:

@@ -6,6 +6,7 @@ Images with extended L2 entries are opened as the subclass in ``subclusters``.
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from typing import Self, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO, Run, RunStream
 from nbdserve.formats.base import Allocation, SnapshotInfo
 from nbdserve.formats.qcow2 import snapshot_changes
+from nbdserve.formats.qcow2.amend import amend_qcow2, parse_amendment
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.formats.qcow2.layout import (
@@ -332,6 +334,12 @@ class Qcow2Driver(Qcow2Image):
     def discard(self, offset: int, length: int) -> int | None:
         """As ``zero``: what was discarded reads as zeroes."""
         return self.zero(offset, length, unmap=True)
+
+    async def amend(self, options: Mapping[str, str]) -> None:
+        """Change version, refcount width, backing file and the like, where the driver was opened read-only, too."""
+        amendment = parse_amendment(options)
+        async with self.replaced_tables():
+            await amend_qcow2(self.storage, amendment)
 
     # --- internal snapshots ----------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from nbdserve.formats.base import CreateOption, FormatDriver, ImageInfo
 from nbdserve.formats.luks.layout import Header as LuksHeader
 from nbdserve.formats.qcow2 import layout
+from nbdserve.formats.qcow2.amend import AMEND_OPTIONS
 from nbdserve.formats.qcow2.create import CREATE_OPTIONS, create_qcow2, parse_encryption, plan_image, virtual_size
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.snapshots import Snapshot, describe
@@ -20,6 +21,7 @@ class Qcow2Format(FormatDriver):
 
     name: ClassVar[str] = "qcow2"
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
+    amend_options: ClassVar[tuple[CreateOption, ...]] = AMEND_OPTIONS
     backing_formats: ClassVar[tuple[str, ...] | None] = None
     has_snapshots: ClassVar[bool] = True
     takes_data_file: ClassVar[bool] = True

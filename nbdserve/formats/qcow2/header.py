@@ -295,17 +295,15 @@ class Header:
             for kind, data in self.extensions
         ) + bytes(layout.EXTENSION_HEAD.sizeof())
 
-    def build(self) -> bytes:
-        """The header, its extensions and the backing file name. ValueError if they do not fit into one cluster."""
-        extensions = self.build_extensions()
-        name = (self.backing_name or "").encode("utf-8", "surrogateescape")
+    def build_fields(self, backing_offset: int, backing_length: int) -> bytes:
+        """Everything before the extensions, with the backing file name at that place (0, 0: there is none)."""
         length = self.extensions_at
-        fields = layout.HEADER_V2.build(
+        fields: bytes = layout.HEADER_V2.build(
             {
                 "magic": layout.MAGIC,
                 "version": self.version,
-                "backing_offset": length + len(extensions) if name else 0,
-                "backing_length": len(name),
+                "backing_offset": backing_offset,
+                "backing_length": backing_length,
                 "cluster_bits": self.cluster_bits,
                 "size": self.size,
                 "crypt_method": self.crypt_method,
@@ -329,7 +327,17 @@ class Header:
             )
             if length >= layout.HEADER_V3_LENGTH:
                 fields += layout.HEADER_V3_COMPRESSION.build({"compression_type": self.compression_type}) + self.extra
-        data: bytes = fields + extensions + name
+        return fields
+
+    @property
+    def stored_backing_name(self) -> bytes:
+        """The backing file name as stored; empty where there is none."""
+        return (self.backing_name or "").encode("utf-8", "surrogateescape")
+
+    def build(self) -> bytes:
+        """The header, its extensions and the backing file name. ValueError if they do not fit into one cluster."""
+        extensions, name = self.build_extensions(), self.stored_backing_name
+        data = self.build_fields(self.extensions_at + len(extensions) if name else 0, len(name)) + extensions + name
         if len(name) > layout.MAX_BACKING_NAME or len(data) > self.cluster_size:
             raise ValueError(
                 f"the header needs {len(data)} bytes (backing file name: {len(name)}), "

@@ -54,6 +54,10 @@ async def read_header(storage: Storage) -> tuple[Header, bytes]:
     return Header.parse(data, storage.path, storage.size), bytes(data[:SECTOR_SIZE].ljust(SECTOR_SIZE, b"\0"))
 
 
+def _reference(header: Header) -> BackingReference | None:
+    return None if header.backing_name is None else BackingReference(header.backing_name, header.backing_format)
+
+
 class Qcow2Image(Qcow2Format):
     """The parts of an open qcow2 image that do not depend on the form of L2 entries."""
 
@@ -65,8 +69,7 @@ class Qcow2Image(Qcow2Format):
         self.cluster_size = self.granularity = header.cluster_size
         self.l1 = l1
         self.cache = L2Cache(header.cluster_size)
-        if header.backing_name is not None:
-            self.backing = BackingReference(header.backing_name, header.backing_format)
+        self.backing = _reference(header)
         self.data_file = data
         """What ``data`` is in: where that encrypts, the file under it."""
         self.has_backing = self.backing is not None or bool(options.get("has_backing", False))
@@ -365,6 +368,10 @@ class Qcow2Image(Qcow2Format):
             self._recent = self.cache.recent
             self._compressed = CompressedClusters(self.storage, header.cluster_bits, header.compression_type)
             self.zeroes_fast = header.version >= 3 and not header.data_file_raw
+            if _reference(header) != self.backing:
+                self.backing = _reference(header)
+                self.has_backing = self.has_backing or self.backing is not None
+                self.backing_end = 1 << 63 if self.has_backing else 0
             if not self.external:
                 self.host_limit = self.storage.size
             if not self.read_only:

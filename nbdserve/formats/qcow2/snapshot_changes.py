@@ -17,8 +17,9 @@ from nbdserve.errors import ConfigError, ImageError, RequestError
 from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.check_walk import UInt64Array, read_words
 from nbdserve.formats.qcow2.header import Header
-from nbdserve.formats.qcow2.rewrite import State, read_state, replace_tables
+from nbdserve.formats.qcow2.rewrite import read_state, replace_tables
 from nbdserve.formats.qcow2.snapshots import MAX_TABLE_BYTES, SNAPSHOT_EXTRA, Snapshot, find_snapshot
+from nbdserve.formats.qcow2.table_plan import State
 from nbdserve.storage.base import Storage
 from nbdserve.units import div_ceil
 
