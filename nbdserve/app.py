@@ -85,7 +85,7 @@ def plan_of(
         exports,
         server.addresses(),
         listeners,
-        ServerLimits(server.handshake_seconds, server.max_handshakes, server.max_clients),
+        ServerLimits(server.handshake_seconds, server.max_handshakes, server.max_clients, server.request_memory),
         server.default_export,
         server.image_roots,
         server.exit_last,

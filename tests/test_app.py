@@ -43,10 +43,11 @@ async def running(plan: Plan) -> tuple["asyncio.Task[None]", list[Address]]:
 def test_plan_of() -> None:
     options = ServerOptions(
         listen=["127.0.0.1:1"], default_export="d", image_roots=["/r"], exit_last=True, max_clients=3, max_handshakes=4,
+        request_memory=1 << 29,
         handshake_seconds=5, drain_seconds=6, pid_file="p",
     )  # fmt: skip
     assert plan_of(options, []) == Plan(
-        [], [TcpAddress("127.0.0.1", 1)], (), ServerLimits(5, 4, 3), "d", ["/r"], True, 6, "p"
+        [], [TcpAddress("127.0.0.1", 1)], (), ServerLimits(5, 4, 3, 1 << 29), "d", ["/r"], True, 6, "p"
     )
     assert plan_of(ServerOptions(), []) == Plan([], [TcpAddress("127.0.0.1", 10809)], image_roots=[])
 

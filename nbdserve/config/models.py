@@ -17,7 +17,7 @@ from nbdserve.config.secrets import chosen_secret
 from nbdserve.errors import ConfigError
 from nbdserve.server.addresses import Address, parse_address
 from nbdserve.storage.nbd_target import is_nbd
-from nbdserve.units import parse_size
+from nbdserve.units import MIB, parse_size
 
 
 def _absolute(text: str, info: ValidationInfo) -> str:
@@ -86,6 +86,12 @@ class ServerOptions(_Options):
     )
     max_handshakes: int = Field(
         default=100, ge=1, description="Clients in negotiation at a time; the oldest makes room for a new one."
+    )
+    request_memory: Size = Field(
+        default=256 * MIB,
+        ge=128 * MIB,
+        description="Memory that the requests and replies of all clients may take together; further large ones wait, "
+        "and clients that hold some of it and do not move are dropped then.",
     )
     handshake_seconds: float = Field(
         default=10.0, gt=0, description="Time a client has to choose an export before it is dropped."

@@ -129,7 +129,8 @@ class RequestParser:
     """Splits the byte stream of one connection into requests.
 
     Raises ProtocolError on a bad magic and on a payload above 128 MiB; everything else is a request, perhaps with an
-    error to answer. ``take_buffer`` provides the memory for a large payload.
+    error to answer. ``take_buffer`` provides the memory for a large payload; None: there is none now, so that what
+    follows is left for a later ``next_batch``.
     """
 
     __slots__ = (
@@ -146,6 +147,7 @@ class RequestParser:
         "_pending",
         "_start",
         "_take_buffer",
+        "collected",
         "disconnected",
     )
 
@@ -154,7 +156,7 @@ class RequestParser:
         rules: RequestRules,
         mode: int,
         buffer: ReusedBuffer,
-        take_buffer: Callable[[int], memoryview] = lambda length: memoryview(bytearray(length)),
+        take_buffer: Callable[[int], memoryview | None] = lambda length: memoryview(bytearray(length)),
     ) -> None:
         self._extended = mode == EXTENDED
         self._header = EXTENDED_REQUEST if self._extended else REQUEST
@@ -168,6 +170,8 @@ class RequestParser:
         self._filled = 0
         self._drain = 0
         self._pending: Request | None = None
+        self.collected = 0
+        """Bytes received of payloads that have a buffer of their own."""
         self.disconnected = False
         """DISC was received: nothing after it is looked at."""
 
@@ -185,6 +189,7 @@ class RequestParser:
         """``count`` bytes are in the buffer that ``get_buffer`` returned."""
         if self._payload is not None:
             self._filled += count
+            self.collected += count
             self._start = self._end = 0
             return
         self._start = 0
@@ -205,6 +210,17 @@ class RequestParser:
     def reload(self) -> None:
         """Put saved bytes back, to go on with ``next_batch`` without receiving."""
         self.feed(b"")
+
+    @property
+    def collecting(self) -> memoryview | None:
+        """The buffer of a payload that is not complete."""
+        return self._payload
+
+    def abandon(self) -> None:
+        """Nothing more is received, and what is not complete is nothing."""
+        self._payload = self._pending = None
+        self._leftover = b""
+        self._start = self._end = 0
 
     def unparsed(self) -> tuple[int, int]:
         """Where in the receive buffer the next request begins and what was received ends; nothing while one is cut."""
@@ -268,8 +284,11 @@ class RequestParser:
                 start = body + length
                 batch.append((0, kind, flags, cookie, offset, length, self._buffer.view[body:start]))
             elif length > INLINE_PAYLOAD:
+                payload = self._take_buffer(length)
+                if payload is None:
+                    break
                 self._pending = (0, kind, flags, cookie, offset, length, None)
-                self._payload = self._take_buffer(length)
+                self._payload = payload
                 self._filled = end - body
                 self._payload[: self._filled] = self._buffer.view[body:end]
                 start = end

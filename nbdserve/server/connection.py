@@ -41,7 +41,7 @@ class Connection(asyncio.BufferedProtocol):
             output.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         else:  # the kernel sizes the buffer of a TCP socket as it goes
             output.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._output = Output(output, asyncio.get_running_loop(), self._drained, self._failed)
+        self._output = Output(output, asyncio.get_running_loop(), self._drained, self._failed, server.buffers.budget)
         self._handshake: ServerHandshake | None = None
         self.lost = False
         self._polls_in_vain = 0
@@ -104,7 +104,7 @@ class Connection(asyncio.BufferedProtocol):
         self.lost = True
         self._output.close()
         if self.session is not None:
-            self.session.finish()
+            self.session.lost()
         self._server.forget(self)
 
     # --- life cycle ------------------------------------------------------------------------------------------------

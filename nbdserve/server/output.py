@@ -7,12 +7,16 @@ reorder bytes.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import socket
+import sys
+import termios
 from collections import deque
 from collections.abc import Callable
 from typing import Final
 
 from nbdserve.buffers import ReusedBuffer
+from nbdserve.server.budget import Budget
 from nbdserve.storage.base import Storage
 from nbdserve.units import KIB, MIB
 
@@ -25,12 +29,14 @@ SEND_BUFFER: Final = 1 * MIB
 class _Chunk:
     """Bytes that wait for the socket."""
 
-    __slots__ = ("_data", "_release", "length")
+    __slots__ = ("_budget", "_counted", "_data", "_release", "length")
 
-    def __init__(self, data: memoryview, release: Callable[[], None] | None = None) -> None:
+    def __init__(self, data: memoryview, budget: Budget, release: Callable[[], None] | None = None) -> None:
         self._data = data
         self._release = release
-        self.length = len(data)
+        self._budget = budget
+        self.length = self._counted = len(data)
+        budget.used += self._counted
 
     def send(self, sock: socket.socket) -> None:
         """Send what the socket takes, and keep the rest. BlockingIOError when it takes nothing."""
@@ -39,6 +45,7 @@ class _Chunk:
 
     def release(self) -> None:
         """The memory is not needed any more."""
+        self._budget.give(self._counted)
         if self._release is not None:
             self._release()
 
@@ -75,8 +82,11 @@ class Output:
         loop: asyncio.AbstractEventLoop,
         on_drained: Callable[[], None],
         on_error: Callable[[OSError], None],
+        budget: Budget,
     ) -> None:
+        """What waits for the socket counts in ``budget``, but for what is in the page cache."""
         self._sock = sock
+        self._budget = budget
         self._loop = loop
         self._on_drained = on_drained
         self._on_error = on_error
@@ -84,28 +94,30 @@ class Output:
         self._loading: asyncio.Task[None] | None = None
         self.backlog = 0
         """Bytes that wait for the socket."""
+        self._sent_late = 0
+        """Bytes that have waited and are sent."""
         self.closed = False
 
     def send(self, data: bytes | memoryview) -> None:
         """Send ``data``; the memory is free for reuse on return."""
         rest = self._send_now(data)
         if rest:
-            self._enqueue(_Chunk(memoryview(bytes(data[len(data) - rest :]))))
+            self._enqueue(_Chunk(memoryview(bytes(data[len(data) - rest :])), self._budget))
 
     def send_scratch(self, scratch: ReusedBuffer, length: int) -> None:
         """Send the first ``length`` bytes of ``scratch``, which is free for reuse on return."""
         rest = self._send_now(scratch.view[:length])
         if rest > _COPIED_TAIL:
             kept = scratch.detach()
-            self._enqueue(_Chunk(memoryview(kept)[length - rest : length], lambda: scratch.recycle(kept)))
+            self._enqueue(_Chunk(memoryview(kept)[length - rest : length], self._budget, lambda: scratch.recycle(kept)))
         elif rest:
-            self._enqueue(_Chunk(memoryview(bytes(scratch.view[length - rest : length]))))
+            self._enqueue(_Chunk(memoryview(bytes(scratch.view[length - rest : length])), self._budget))
 
     def send_owned(self, data: memoryview, release: Callable[[], None]) -> None:
         """Send ``data`` without copying; ``release`` is called when its memory is free."""
         rest = self._send_now(data)
         if rest:
-            self._enqueue(_Chunk(data[len(data) - rest :], release))
+            self._enqueue(_Chunk(data[len(data) - rest :], self._budget, release))
         else:
             release()
 
@@ -123,7 +135,7 @@ class Output:
         """
         rest = self._send_now(head, socket.MSG_MORE)
         if rest:
-            self._enqueue(_Chunk(memoryview(bytes(head[len(head) - rest :]))))
+            self._enqueue(_Chunk(memoryview(bytes(head[len(head) - rest :])), self._budget))
         part = _FilePart(storage, offset, length)
         if not rest and not self.closed:
             try:
@@ -135,6 +147,13 @@ class Output:
         if part.length and not self.closed:
             storage.hold()
             self._enqueue(part)
+
+    def delivered(self) -> int:
+        """A number that grows with what the peer takes of what has waited."""
+        if self.closed:
+            return self._sent_late
+        outstanding = fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(4))
+        return self._sent_late - int.from_bytes(outstanding, sys.byteorder)
 
     def _send_now(self, data: bytes | memoryview, flags: int = 0) -> int:
         """How many bytes at the end of ``data`` were not sent (0 on a closed output: nobody waits for them)."""
@@ -174,6 +193,7 @@ class Output:
                 return
             finally:
                 self.backlog -= before - item.length
+                self._sent_late += before - item.length
             if item.length:
                 return
             queue.popleft()
@@ -190,7 +210,7 @@ class Output:
             return
         if not self.closed:
             part.release()
-            self._queue[0] = _Chunk(memoryview(data))
+            self._queue[0] = _Chunk(memoryview(data), self._budget)
             self._loop.add_writer(self._sock.fileno(), self._drain)
 
     def _fail(self, error: OSError) -> None:

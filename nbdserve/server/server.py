@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbdserve.exports.export import Export, ExportTable
+from nbdserve.server.budget import DEFAULT_LIMIT, Budget
 from nbdserve.server.connection import Connection
 from nbdserve.server.session import Buffers
+from nbdserve.units import KIB
 
 log = logging.getLogger(__name__)
 
 _ACCEPTS_PER_TURN: Final = 32
 _OUT_OF_DESCRIPTORS_PAUSE: Final = 0.5
+_LEAST_MOVED: Final = 256 * KIB
+"""What a client must send of its payload or read of its replies in 10 s, once others wait for the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,8 @@ class ServerLimits:
     """Clients in negotiation at a time; the oldest makes room for a new one."""
     max_clients: int = 0
     """Clients at a time (qemu-nbd ``--shared``); further ones wait in the backlog of the socket. 0: any number."""
+    request_memory: int = DEFAULT_LIMIT
+    """Bytes that the requests and replies of all clients take together; further large ones wait."""
 
 
 class Server:
@@ -45,7 +51,7 @@ class Server:
     ) -> None:
         self.exports = exports
         self.limits = limits or ServerLimits()
-        self.buffers = Buffers()
+        self.buffers = Buffers(Budget(self.limits.request_memory, self._drop_idling))
         self.stopping = False
         self._on_last_client = on_last_client
         self._sockets: list[socket.socket] = []
@@ -149,6 +155,13 @@ class Server:
         """Abort the connections that use ``export``; what they have in flight is finished, and nobody hears of it."""
         for connection in list(self._clients):
             if connection.session is not None and connection.session.export is export:
+                connection.abort()
+
+    def _drop_idling(self, first: bool) -> None:
+        """Clients wait for memory that others hold without sending the rest, or reading their replies."""
+        for connection in list(self._clients):
+            if connection.session is not None and connection.session.is_idling(_LEAST_MOVED) and not first:
+                log.info("%s: dropped: it holds memory that other clients wait for", connection.peer)
                 connection.abort()
 
     def entered(self, connection: Connection) -> None:

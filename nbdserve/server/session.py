@@ -52,6 +52,7 @@ from nbdserve.protocol.transmission import (
 )
 from nbdserve.protocol.validate import RequestRules
 from nbdserve.server.block_status import status_reply
+from nbdserve.server.budget import SMALL, Budget, Ticket
 from nbdserve.server.fast_lane import SEND_FILE_FROM, FastLane
 from nbdserve.server.output import Output
 from nbdserve.server.replies import SCRATCH_SIZE, SEND_AT, Replies
@@ -69,12 +70,13 @@ _MAX_CACHED: Final = 256 * MIB
 
 
 class Buffers:
-    """The memory all sessions of an event loop share."""
+    """The memory all sessions of an event loop share, and what they may take besides."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget | None = None) -> None:
         self.receive = ReusedBuffer(RECEIVE_SIZE)
         self.scratch = ReusedBuffer(SCRATCH_SIZE)
         self.pool = BufferPool(16 * MIB)
+        self.budget = budget or Budget()
 
 
 class Session:
@@ -104,6 +106,10 @@ class Session:
         """The server shuts down: new requests are answered ESHUTDOWN."""
         self._output = output
         self._buffers = buffers
+        self._budget = buffers.budget
+        self._waiting: Ticket | None = None
+        """For the payload that comes next."""
+        self._moved: int | None = None
         self._scratch = buffers.scratch
         self._ready = Replies(buffers.scratch, output)
         self._set_reading = set_reading
@@ -169,6 +175,9 @@ class Session:
                 self._ready.send()  # what came before is answered
                 raise
             if not batch:
+                if self._waiting is not None:
+                    self._stop(iter(()))
+                    return
                 break
             requests = iter(batch)
         self._ready.send()
@@ -180,15 +189,16 @@ class Session:
             self._set_reading(True)
 
     def _is_full(self) -> bool:
-        """As much is in flight as one client may have."""
-        return self._in_flight >= MAX_IN_FLIGHT or self._in_flight_bytes >= MAX_IN_FLIGHT_BYTES
+        """As much is in flight as one client may have; where all of them have too much, one request."""
+        return self._in_flight > 0 and (
+            self._in_flight >= MAX_IN_FLIGHT
+            or self._in_flight_bytes >= MAX_IN_FLIGHT_BYTES
+            or self._budget.used >= self._budget.limit
+        )
 
     def _stop(self, requests: Iterator[Request]) -> None:
         """No room for more: keep what is not answered, and take nothing more from the socket."""
-        # A payload is a view into a buffer that other connections are about to use.
-        self._todo = [
-            (*request[:6], None if request[6] is None else memoryview(bytes(request[6]))) for request in requests
-        ]
+        self._todo = [(*request[:6], None if request[6] is None else self._kept(request[6])) for request in requests]
         self.parser.save()
         self._ready.send()
         if self.reading:
@@ -207,6 +217,25 @@ class Session:
                 return
         self._check_idle()
 
+    def lost(self) -> None:
+        """The client is gone: nothing more is received, and nobody waits for replies."""
+        if self._waiting is not None:
+            self._budget.withdraw(self._waiting)
+            self._waiting = None
+        for payload in (self.parser.collecting, *(request[6] for request in self._todo)):
+            if payload is not None:
+                self._give_payload(payload)
+        self.parser.abandon()
+        self._todo = []
+        self.finish()
+
+    def is_idling(self, least: int) -> bool:
+        """Whether the client holds memory, did so when this was last asked, and has moved less than ``least`` bytes."""
+        before, self._moved = self._moved, None
+        if self._output.backlog > SMALL or self.parser.collecting is not None:
+            self._moved = self.parser.collected + self._output.delivered()
+        return before is not None and self._moved is not None and self._moved - before < least
+
     def finish(self) -> None:
         """The client sends nothing more (DISC, end of stream, shutdown): ``on_idle`` follows when its work is done."""
         self._finished = True
@@ -220,6 +249,8 @@ class Session:
         self, error: int, kind: int, flags: int, cookie: int, offset: int, length: int, payload: memoryview | None
     ) -> None:
         if error or self.draining:
+            if payload is not None:
+                self._give_payload(payload)
             if kind != CMD_DISC:
                 self._refuse(error or errno.ESHUTDOWN, kind, cookie, offset, length)
         elif kind == CMD_READ:  # of nothing: drivers are asked for one byte at least
@@ -232,9 +263,10 @@ class Session:
         elif kind in self._slow:
             self._begin(self._answer(self._slow[kind], flags, cookie, offset, length), 0)
         elif kind != CMD_DISC:
-            self._begin(
-                self._block_status(flags, cookie, offset, length, None if payload is None else bytes(payload)), 0
-            )
+            content = None if payload is None else bytes(payload)
+            if payload is not None:
+                self._give_payload(payload)
+            self._begin(self._block_status(flags, cookie, offset, length, content), 0)
 
     def _refuse(self, error: int, kind: int, cookie: int, offset: int, length: int) -> None:
         name = COMMAND_NAMES[kind] if kind < len(COMMAND_NAMES) else f"command {kind}"
@@ -324,6 +356,15 @@ class Session:
             position += length
 
     async def _read_slowly(self, flags: int, cookie: int, offset: int, length: int) -> None:
+        if not self._budget.take(length):
+            await self._budget.wait(length)
+        try:
+            if not self._output.closed:
+                await self._read_into_own(flags, cookie, offset, length)
+        finally:
+            self._budget.give(length)
+
+    async def _read_into_own(self, flags: int, cookie: int, offset: int, length: int) -> None:
         head, pool = self._head_size, self._buffers.pool
         data = pool.take(head + length)
         view = memoryview(data)[head : head + length]
@@ -358,20 +399,20 @@ class Session:
             if outcome != WRITE_WAIT:
                 self._give_payload(payload)
                 return
-        if payload.obj is self._buffers.receive.data:
-            payload = memoryview(bytes(payload))
-        self._begin(self._write_slowly(flags, cookie, offset, payload), length)
+        self._begin(self._write_slowly(flags, cookie, offset, self._kept(payload)), length)
 
     def _taken(self, length: int) -> bool:
         """A submitted write is under way; whether there is room for another."""
         self._in_flight += 1
         self._in_flight_bytes += length
+        self._budget.used += length
         return not self._is_full()
 
     def _written(self, cookie: int, offset: int, length: int, error: Exception | None) -> None:
         """A submitted write is complete; the replies of a whole batch leave together."""
         self._in_flight -= 1
         self._in_flight_bytes -= length
+        self._budget.give(length)
         if not self._replies:
             asyncio.get_running_loop().call_soon(self._send_replies)
         self._replies.append(
@@ -394,13 +435,30 @@ class Session:
             self._output.send(final_reply(self.mode, cookie, offset))
         self._give_payload(payload)
 
-    def _take_payload(self, length: int) -> memoryview:
+    def _take_payload(self, length: int) -> memoryview | None:
+        """Memory for a payload that does not fit into the shared buffer; None: it is waited for."""
+        if self._waiting is not None:
+            if not self._waiting.granted:
+                return None
+            self._waiting = None
+        elif not self._budget.take(length):
+            self._waiting = self._budget.queue(length, self.resume)
+            return None
         return memoryview(self._buffers.pool.take(length))[:length]
+
+    def _kept(self, payload: memoryview) -> memoryview:
+        """``payload`` in memory of its own: other connections are about to use the shared buffer."""
+        if payload.obj is not self._buffers.receive.data:
+            return payload
+        self._budget.used += len(payload)
+        return memoryview(bytes(payload))
 
     def _give_payload(self, payload: memoryview) -> None:
         owner = payload.obj
-        if isinstance(owner, bytearray) and owner is not self._buffers.receive.data:
-            self._buffers.pool.give(owner)
+        if owner is not self._buffers.receive.data:
+            self._budget.give(len(payload))
+            if isinstance(owner, bytearray):
+                self._buffers.pool.give(owner)
 
     # --- everything else -------------------------------------------------------------------------------------------
 
@@ -411,7 +469,12 @@ class Session:
         await self.node.discard(offset, length, fua=bool(flags & CMD_FLAG_FUA))
 
     async def _cache(self, flags: int, offset: int, length: int) -> None:
-        await self.node.cache(offset, min(length, _MAX_CACHED))
+        if not self._budget.take(MIB):
+            await self._budget.wait(MIB)
+        try:
+            await self.node.cache(offset, min(length, _MAX_CACHED))
+        finally:
+            self._budget.give(MIB)
 
     async def _write_zeroes(self, flags: int, offset: int, length: int) -> None:
         await self.node.zero(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import uvloop
 
-from nbdserve.protocol.constants import CMD_READ
+from nbdserve.protocol.constants import CMD_READ, CMD_WRITE
 from nbdserve.server.server import ServerLimits
 from nbdserve.storage.memory import MemoryStorage
 from nbdserve.units import GIB, MIB
@@ -91,11 +91,40 @@ async def clients(folder: Path, count: str) -> dict[str, float]:
     return {"growth": growth, "seconds": seconds}
 
 
+async def hanging(folder: Path) -> dict[str, float]:
+    """30 writes of 4 MiB from as many clients, to a storage that hangs."""
+    storage = Gated(size=4 * MIB)
+    limits = ServerLimits(request_memory=32 * MIB)
+    async with serving(folder, raw(storage), limits=limits) as served:
+        socks = [await _connect(served.path) for _ in range(30)]
+        storage.gate.clear()
+        before = resident()
+        head, data = simple_request(CMD_WRITE, 1, 0, 4 * MIB), bytes(MIB)
+        loop = asyncio.get_running_loop()
+
+        async def send(sock: socket.socket) -> None:
+            await loop.sock_sendall(sock, head)
+            for _ in range(4):
+                await loop.sock_sendall(sock, data)
+
+        sending = [asyncio.create_task(send(sock)) for sock in socks]
+        await asyncio.wait(sending, timeout=0.5)
+        growth = resident() - before
+        storage.gate.set()
+        for sock in socks:
+            assert (await read_exactly(sock, 16))[4:8] == bytes(4)
+        for sock in socks:
+            sock.close()
+    return {"growth": growth}
+
+
 def main(scenario: str, *arguments: str) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with tempfile.TemporaryDirectory() as folder, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        figures = runner.run({"unread": unread, "clients": clients}[scenario](Path(folder), *arguments))
+        figures = runner.run(
+            {"unread": unread, "clients": clients, "hanging": hanging}[scenario](Path(folder), *arguments)
+        )
     print(json.dumps(figures))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from nbdserve.buffers import ReusedBuffer
+from nbdserve.server.budget import Budget
 from nbdserve.server.output import Output
 from nbdserve.storage.memory import MemoryStorage
 from nbdserve.units import KIB
@@ -26,7 +27,8 @@ class Pair:
             sock.setblocking(False)
         self.drained = 0
         self.errors: list[OSError] = []
-        self.output = Output(ours, asyncio.get_running_loop(), self._on_drained, self.errors.append)
+        self.budget = Budget()
+        self.output = Output(ours, asyncio.get_running_loop(), self._on_drained, self.errors.append, self.budget)
 
     def _on_drained(self) -> None:
         self.drained += 1
