@@ -20,6 +20,7 @@ from nbdserve.block.places import LAYER_MASK, Places
 from nbdserve.block.requests import RangeLocks
 from nbdserve.block.tracking import NodeBitmaps
 from nbdserve.block.watchers import Watcher
+from nbdserve.block.writeback import Writeback
 from nbdserve.block.writer import WRITE_DONE, WRITE_WAIT, BatchWriter, Done
 from nbdserve.errors import ConfigError, RequestError
 from nbdserve.extents import COMPRESSED, DATA, ZERO
@@ -88,6 +89,7 @@ class Node:
         )
         self.places = Places(self.layers)
         self._writer = BatchWriter(self)
+        self._writeback = Writeback(self.top.data)
         self._choose_forms()
 
     def _choose_forms(self) -> None:
@@ -345,6 +347,7 @@ class Node:
             self.top.publish(allocation)
         finally:
             self.places.forget(allocation.offset, allocation.length)
+        self._writeback.allocated(allocation.length)
 
     def zero_mapping(self, offset: int, length: int, *, unmap: bool) -> int | None:
         """``FormatDriver.zero`` of the top layer."""

@@ -101,6 +101,9 @@ class Storage(ABC):
         Every later write and flush of this storage raises the same error.
         """
 
+    def begin_writeback(self) -> None:
+        """A hint that a flush will come: what was written may start on its way to the disk now. Does not wait."""
+
     @abstractmethod
     async def truncate(self, size: int) -> None:
         """Set the size; new space reads as zeroes."""

@@ -23,6 +23,7 @@ from nbdserve.storage.syscalls import (
     FALLOC_FL_ZERO_RANGE,
     block_discard,
     block_zero_out,
+    cached_pages,
     fallocate,
 )
 from nbdserve.units import MIB, align_down, align_up
@@ -31,6 +32,8 @@ FullWrite: TypeAlias = Callable[[int, int, ReadBuffer], None]
 """``write_fully``, or its direct I/O form: ``(fd, offset, data)``."""
 
 _MODE: Final = 0o644
+_PAGE_SIZE: Final = os.sysconf("SC_PAGE_SIZE")
+_probe: Final = bytearray(1)
 _UNSUPPORTED: Final = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY))
 """What a file system or a driver answers that has no such call. EINVAL is not among them: it is a fault of ours."""
 
@@ -68,6 +71,20 @@ def read_fully(fd: int, offset: int, buffer: memoryview) -> None:
             fill_zeroes(buffer[done:])
             return
         done += count
+
+
+def is_cached(fd: int, offset: int, length: int) -> bool:
+    """Whether the range can be read without waiting for the disk. Quick: for the event loop.
+
+    A page that readahead is still filling is in the cache, too, and sendfile would wait for it. Readahead goes upwards,
+    so a last byte that can be read without waiting says that the others can be.
+    """
+    last = offset + length - 1
+    try:
+        pages = last // _PAGE_SIZE - offset // _PAGE_SIZE + 1
+        return cached_pages(fd, offset, length) >= pages and os.preadv(fd, (_probe,), last, os.RWF_NOWAIT) == 1
+    except OSError:
+        return False
 
 
 def write_fully(fd: int, offset: int, data: ReadBuffer) -> None:

@@ -22,6 +22,7 @@ from nbdserve.storage.pool import JobFuture, worker_pool
 from nbdserve.storage.syscalls import (
     RAMFS_MAGIC,
     TMPFS_MAGIC,
+    begin_writeback,
     cached_pages,
     direct_io_alignment,
     file_system_type,
@@ -48,10 +49,6 @@ _KINDS: Final = {
 
 class _SyncError(OSError):
     """It was the sync that failed, not a write before it."""
-
-
-PAGE_SIZE: Final = os.sysconf("SC_PAGE_SIZE")
-_probe: Final = bytearray(1)
 
 
 class FileStorage(Storage):
@@ -90,6 +87,7 @@ class FileStorage(Storage):
         self._quiet: JobFuture[None] | None = None
         self._flushing = False
         self._next_flush: JobFuture[None] | None = None
+        self._writing_back = False
         self._changes = 1
         """Changes completed; counted at their end, because a flush covers no more than what was complete before it."""
         self._stable_changes = 0
@@ -244,16 +242,7 @@ class FileStorage(Storage):
         return offset + length <= self.size
 
     def _is_cached(self, offset: int, length: int) -> bool:
-        # A page that readahead is still filling is in the cache, too, and sendfile would wait for it. Readahead goes
-        # upwards, so a last byte that can be read without waiting says that the others can be.
-        last = offset + length - 1
-        try:
-            pages = last // PAGE_SIZE - offset // PAGE_SIZE + 1
-            return cached_pages(self._fd, offset, length) >= pages and (
-                os.preadv(self._fd, (_probe,), last, os.RWF_NOWAIT) == 1
-            )
-        except OSError:
-            return False
+        return blocking.is_cached(self._fd, offset, length)
 
     def send(self, socket_fd: int, offset: int, length: int) -> int:
         sent = 0
@@ -461,6 +450,17 @@ class FileStorage(Storage):
             else:
                 self._next_flush.set_result(None)
                 self._next_flush = None
+        self._ended()
+
+    def begin_writeback(self) -> None:
+        if not (self._writing_back or self._closed or self._unsafe or self._direct is not None):
+            self._writing_back = True
+            self._running += 1
+            self._pool.submit(begin_writeback, (self._fd,), self._writeback_begun)
+
+    def _writeback_begun(self, _: None, error: BaseException | None) -> None:
+        # An error is the next fdatasync's, too.
+        self._writing_back = False
         self._ended()
 
     def _fail(self, error: BaseException) -> None:

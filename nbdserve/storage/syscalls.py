@@ -19,6 +19,8 @@ RAMFS_MAGIC: Final = 0x858458F6
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_BENEATH: Final = 0x08
 
+_SYNC_FILE_RANGE_WRITE: Final = 2
+
 _BLKSSZGET: Final = 0x1268
 _BLKDISCARD: Final = 0x1277
 _BLKZEROOUT: Final = 0x127F
@@ -34,6 +36,7 @@ _AT_EMPTY_PATH: Final = 0x1000
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 _libc.fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
 _libc.syscall.restype = ctypes.c_long
 
@@ -48,6 +51,12 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     while _libc.fallocate(fd, mode, offset, length) != 0:
         if ctypes.get_errno() != 4:  # EINTR
             _raise_errno()
+
+
+def begin_writeback(fd: int) -> None:
+    """sync_file_range(2): begin to write all that is dirty to the disk; what becomes of it is not waited for."""
+    if _libc.sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WRITE) != 0:
+        _raise_errno()
 
 
 def file_system_type(fd: int) -> int:

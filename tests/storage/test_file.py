@@ -644,3 +644,26 @@ async def test_what_is_written_while_the_file_is_extended_stays(path: str, monke
     await storage.extend(100)
     assert storage.size == MIB + 3
     await storage.close()
+
+
+async def test_writeback_is_begun_once_at_a_time_and_awaited_by_close(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = [], threading.Event()
+
+    def slow(fd: int) -> None:
+        begun.append(fd)
+        go_on.wait(10)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(file_module, "begin_writeback", slow)
+    storage = await FileStorage.open(path)
+    storage.begin_writeback()
+    storage.begin_writeback()
+    closing = asyncio.create_task(storage.close())
+    await asyncio.sleep(0.05)
+    assert not closing.done()
+    go_on.set()
+    await closing
+    assert len(begun) == 1
+    storage.begin_writeback()  # closed: nothing happens

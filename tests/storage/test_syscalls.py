@@ -85,3 +85,15 @@ def test_block_device_calls() -> None:
         assert os.pread(fd, 4097, 0) == bytes(4096) + b"a"
         syscalls.block_discard(fd, 4096, 4096)
         os.close(fd)
+
+
+def test_writeback_begins_on_a_file_and_not_on_a_pipe(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"x" * 4096)
+        file.flush()
+        syscalls.begin_writeback(file.fileno())
+    read_end, write_end = os.pipe()
+    with pytest.raises(OSError, match="Illegal seek"):
+        syscalls.begin_writeback(write_end)
+    os.close(read_end)
+    os.close(write_end)
