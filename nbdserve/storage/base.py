@@ -109,9 +109,10 @@ class Storage(ABC):
         """Set the size; new space reads as zeroes."""
 
     async def extend(self, size: int) -> None:
-        """Make it at least ``size`` bytes long; new space reads as zeroes.
+        """Make it at least ``size`` bytes long, which the next flush makes stable; new space reads as zeroes.
 
-        Unlike ``truncate`` it never cuts off what is written past the end meanwhile.
+        Unlike ``truncate`` it never cuts off what is written past the end meanwhile. That a write under way has moved
+        the end further up already makes no difference: such growth is not yet stable with the next flush.
         """
         if size > self.size:
             await self.truncate(size)

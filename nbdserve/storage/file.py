@@ -388,8 +388,8 @@ class FileStorage(Storage):
             self._measure()
 
     async def extend(self, size: int) -> None:
-        if self._is_device or size <= self.size:
-            await super().extend(size)
+        if self._is_device:
+            await self.truncate(max(size, self.size))
             return
         try:
             await self._change(blocking.extend_file, self._fd, size)

@@ -238,8 +238,7 @@ class RecordingStorage(ByteStorage):
         await self._run("truncate", size, b"", 0)
 
     async def extend(self, size: int) -> None:
-        if size > self.size:
-            await self._run("extend", size, b"", 0)
+        await self._run("extend", size, b"", 0)
 
     async def flush(self) -> None:
         site = caller_site()

@@ -258,8 +258,7 @@ class VhdxImage(FormatDriver):
                 batch.finally_(table.unpin)
                 self._collect_pages(stage, cache, table)
             cache.changed.clear()
-        self._log.stable_size = self.storage.size
-        self._log.end = max(self.storage.size, self.space.end)
+        self._log.end = self.space.end
         batch.free(self.space)
 
     @staticmethod

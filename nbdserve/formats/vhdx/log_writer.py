@@ -19,7 +19,7 @@ class LogWriter:
 
     def __init__(self, storage: Storage, headers: HeaderWriter) -> None:
         self.stable_size = storage.size
-        """Length of the file that is stable when the barrier begins, bytes."""
+        """A length the file is known to have for good, bytes. Writes under way may have moved its end further up."""
         self.end = storage.size
         """Length the file must have for the blocks that the pages show."""
         self._storage = storage
@@ -49,7 +49,8 @@ class LogWriter:
 
         The first entry is stable before a header names the log: a log that is named always has an entry.
         """
-        await self._storage.extend(self.end)  # guest data may move the end further up meanwhile
+        if self.end > self.stable_size:
+            await self._storage.extend(self.end)
         for first in range(0, len(pages), self._pages_per_entry):
             if first:
                 await self._storage.flush()
@@ -69,6 +70,7 @@ class LogWriter:
             last=self.end,
         )
         await self._storage.write_stable([(self._offset + self._position, entry)])
+        self.stable_size = max(self.stable_size, self.end)
         self._position += length
         if not self._in_use:
             await self._headers.update(log_guid=self._guid)
