@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Final
 
 from nbdserve.errors import ConfigError, CorruptImageError, UnsupportedImageError
@@ -76,6 +77,19 @@ class Descriptor:
     extents: tuple[ExtentLine, ...] = ()
     cid_at: tuple[int, int] | None = None
     """``(offset, length)`` in bytes of the digits of the CID; None if the descriptor has none."""
+
+    @property
+    def shared_extent(self) -> ExtentLine | None:
+        """An extent that lies, in part or as a whole, where another one does: writing to one changes the other."""
+        placed = [line for line in self.extents if line.type != ZERO_TYPE]
+        placed.sort(key=lambda line: (line.name, line.offset_sectors))
+        for before, line in pairwise(placed):
+            sparse = before.type in SPARSE_TYPES or line.type in SPARSE_TYPES  # such a one has the whole file
+            if before.name == line.name and (
+                sparse or line.offset_sectors < before.offset_sectors + before.size_sectors
+            ):
+                return line
+        return None
 
     @classmethod
     def parse(cls, data: bytes | bytearray, path: str) -> Descriptor:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Self
 
-from nbdserve.errors import ImageError, RequestError, UnsupportedImageError
+from nbdserve.errors import CorruptImageError, ImageError, RequestError, UnsupportedImageError
 from nbdserve.extents import Run, RunStream
 from nbdserve.formats.base import Allocation, BackingReference, CheckResult, Companion, FormatDriver, ImageInfo
 from nbdserve.formats.ordered_commit import Batch, OrderedCommit, Piece
@@ -116,6 +116,11 @@ class VmdkDriver(FormatDriver):
         for line in self.descriptor.extents if len(self.extents) > 1 or not self.sparse else ():
             if line.access != "RW":
                 raise ImageError(self.path, "the extent is read-only", field="extent", value=line.text())
+        shared = None if len(self.extents) == 1 else self.descriptor.shared_extent
+        if shared is not None:
+            raise CorruptImageError(
+                self.path, "another extent is in the same place of the file", field="extent", value=shared.text()
+            )
         for extent in self.extents:
             problem = ""
             if isinstance(extent, SparseExtent):

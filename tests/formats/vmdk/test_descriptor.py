@@ -90,6 +90,20 @@ def test_lengths_are_bounded() -> None:
         Descriptor.parse(b"#" * (1 << 20) + b"\n#", "x")
 
 
+@pytest.mark.parametrize(
+    ("lines", "shared"),
+    [
+        (['RW 8 FLAT "b" 0', 'RW 8 FLAT "b" 8', "RW 9 ZERO", "RW 9 ZERO", 'RW 8 FLAT "c" 4'], None),
+        (['RW 8 FLAT "b" 8', 'RW 9 FLAT "b" 0'], 'RW 8 FLAT "b" 8'),
+        (['RW 8 SPARSE "b"', 'RW 8 SPARSE "a"', 'RW 8 SPARSE "b"'], 'RW 8 SPARSE "b"'),
+        (['RW 8 SPARSE "b"', 'RW 8 FLAT "b" 9999'], 'RW 8 FLAT "b" 9999'),
+    ],
+)
+def test_extents_in_the_same_place_are_found(lines: list[str], shared: str | None) -> None:
+    found = Descriptor.parse("\n".join(lines).encode(), "x").shared_extent
+    assert (found and found.text()) == shared
+
+
 def test_a_value_with_a_million_spaces_is_read_at_once() -> None:
     """Neither it nor what stands around it is gone through again and again."""
     spaces = b" " * 300_000

@@ -193,3 +193,13 @@ async def test_the_extents_must_be_given(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="extents"):
         await VmdkDriver.open(storage, {}, read_only=True)
     await storage.close()
+
+
+@needs_qemu
+async def test_one_file_is_not_two_extents_to_be_written(tmp_path: Path) -> None:
+    stock(tmp_path / "b.vmdk", MIB)
+    path = described(tmp_path / "a.vmdk", "twoGbMaxExtentSparse", *['RW 2048 SPARSE "b.vmdk"'] * 2)
+    await (await driver_of(path, read_only=True)).close()
+    with pytest.raises(ImageError, match="another extent is in the same place") as caught:
+        await driver_of(path)
+    assert caught.value.field == "extent"
