@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import socket
-from typing import Final
+from typing import Final, cast
 
 from nbdserve.errors import NbdserveError, OptionError, ProtocolError
 from nbdserve.protocol.client import ClientHandshake, Connected, Failed, RemoteExport, Send
@@ -116,8 +116,7 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Part of asyncio's protocol."""
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass
         sock: socket.socket = transport.get_extra_info("socket")
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

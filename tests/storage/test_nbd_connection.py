@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from nbdserve.errors import ImageError, OptionError
 from nbdserve.protocol.constants import CMD_FLUSH, CMD_READ, CMD_WRITE
@@ -46,6 +47,23 @@ async def test_requests_and_replies(tmp_path: Path) -> None:
                 await reply
         with pytest.raises(OptionError, match="not present"):
             await NbdConnection.open(NbdTarget("b", socket=served.path))
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_on_either_event_loop(tmp_path: Path, loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """The server runs on one, the image commands on the other."""
+
+    async def use() -> None:
+        async with listening(Unruly(tmp_path / "s")) as server:
+            storage = await NbdStorage.open(server.target(reconnect_delay=10), read_only=False)
+            data = bytes(range(256)) * 2048
+            await storage.write(5, data)
+            server.drop()
+            assert await storage.read(5, len(data)) == data
+            await storage.close()
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(use())
 
 
 async def test_over_tcp(tmp_path: Path) -> None:
