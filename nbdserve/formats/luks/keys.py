@@ -21,10 +21,10 @@ from nbdserve.formats.encryption.ciphers import (
     IvGenerator,
     LockedCipher,
     SectorCipher,
-    XtsCipher,
     essiv_key,
     needed_secret,
 )
+from nbdserve.formats.encryption.xts import XtsCipher
 from nbdserve.formats.luks import antiforensic, layout
 from nbdserve.formats.luks.layout import CipherSpec, Header, KeySlot
 from nbdserve.storage.base import Storage

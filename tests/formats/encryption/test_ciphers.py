@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nbdserve.errors import ImageError, RequestError
 from nbdserve.formats.encryption.ciphers import (
@@ -19,10 +21,10 @@ from nbdserve.formats.encryption.ciphers import (
     IvGenerator,
     LockedCipher,
     SectorCipher,
-    XtsCipher,
     essiv_key,
     needed_secret,
 )
+from nbdserve.formats.encryption.xts import XtsCipher
 from nbdserve.units import SECTOR_SIZE
 
 rng = random.Random(3)
@@ -92,14 +94,6 @@ def test_as_the_mode_has_it_for_each_sector(
         assert decrypted(cipher, first, wanted) == content, count
 
 
-def test_a_vector_of_ieee_1619() -> None:
-    """Vector 4 of annex B: AES-128, data unit 0, 512 bytes that count."""
-    key = bytes.fromhex("2718281828459045235360287471352631415926535897932384626433832795")
-    encrypted = XtsCipher(key, IvGenerator("plain64")).encrypt(0, bytes(range(256)) * 2)
-    assert encrypted[:32].hex() == "27a7479befa1d476489f308cd4cfa6e2a96e4bbe3208ff25287dd3819616e89c"
-    assert encrypted[-16:].hex() == "0a282df920147beabe421ee5319d0568"
-
-
 def test_buffers_need_no_alignment_and_writes_no_buffer_of_their_own() -> None:
     cipher = XtsCipher(KEYS[64], IvGenerator("plain64"))
     content = os.urandom(4096)
@@ -112,6 +106,22 @@ def test_buffers_need_no_alignment_and_writes_no_buffer_of_their_own() -> None:
         view[:] = encrypted
         cipher.decrypt(9, view)
         assert view == content
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: XtsCipher(KEYS[64], IvGenerator("plain64")), lambda: CbcCipher(KEYS[16], IvGenerator("plain"))],
+)
+@given(st.lists(st.tuples(st.sampled_from(FIRST), st.sampled_from([1, 2, 8, 64, 130])), min_size=1, max_size=20))
+@settings(max_examples=30, deadline=None)
+def test_many_at_a_time_are_as_each_alone(make: Callable[[], SectorCipher], shape: list[tuple[int, int]]) -> None:
+    cipher = make()
+    contents = [(sector, os.urandom(count * SECTOR_SIZE)) for sector, count in shape]
+    encrypted = [bytes(part) for part in cipher.encrypt_each(contents)]
+    assert encrypted == [cipher.encrypt(sector, content) for sector, content in contents]
+    buffers = [memoryview(bytearray(part)) for part in encrypted]
+    cipher.decrypt_each([(sector, buffer) for (sector, _), buffer in zip(contents, buffers, strict=True)])
+    assert buffers == [content for _, content in contents]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import random
 import pytest
 
 from nbdserve.extents import DATA
-from nbdserve.formats.encryption.ciphers import IvGenerator, XtsCipher
+from nbdserve.formats.encryption.ciphers import IvGenerator
 from nbdserve.formats.encryption.storage import INLINE, EncryptedStorage
+from nbdserve.formats.encryption.xts import XtsCipher
 from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.memory import MemoryStorage
 from nbdserve.units import KIB, MIB, SECTOR_SIZE
@@ -48,12 +49,12 @@ def encrypted(content: bytes, inner: MemoryStorage | None = None) -> EncryptedSt
 @pytest.mark.parametrize("slow", [False, True])
 async def test_any_range_is_read_and_written(slow: bool) -> None:
     rng = random.Random(5)
-    model = bytearray(os.urandom(256 * KIB))
+    model = bytearray(os.urandom(MIB))
     inner = SlowStorage() if slow else MemoryStorage()
     storage = encrypted(bytes(model), inner)
     assert storage.size == len(model)
     for _ in range(400):
-        length = rng.choice([1, 15, 511, 512, 513, 4096, 5000, INLINE, INLINE + 512, 150_000])
+        length = rng.choice([1, 15, 511, 512, 513, 4096, 5000, 65_536, 150_000, INLINE, INLINE + 512])
         offset = rng.randrange(len(model) - length)
         if rng.random() < 0.5:
             offset, length = offset // 512 * 512, (length + 511) // 512 * 512
@@ -204,3 +205,26 @@ async def test_the_size_is_that_of_the_rest_of_the_file() -> None:
     assert storage.size == 0
     await storage.close()
     assert not inner.try_read_into(0, memoryview(bytearray(1)))
+
+
+def test_small_reads_and_writes_are_gathered() -> None:
+    content = os.urandom(64 * KIB)
+    inner = MemoryStorage()
+    storage = encrypted(content, inner)
+    ciphertext = bytes(CIPHER.encrypt(0, content))
+    storage.reads, storage.writes = [], []
+    buffers = {at: memoryview(bytearray(length)) for at, length in ((0, 4096), (8192, 512), (100, 50), (512, 32 * KIB))}
+    for at, buffer in buffers.items():
+        assert storage.try_read_into(at, buffer)
+    assert [(sector, len(buffer)) for _, (sector, buffer) in storage.reads] == [(0, 4096), (16, 512)]
+    assert buffers[0] == ciphertext[:4096]
+    assert buffers[100] == content[100:150], "a part of a sector is decrypted at once"
+    assert buffers[512] == content[512 : 512 + 32 * KIB], "what is long, too"
+    storage.cipher.decrypt_each([piece for _, piece in storage.reads])
+    assert all(buffer == content[at : at + len(buffer)] for at, buffer in buffers.items())
+
+    assert storage.try_write(4096, b"w" * 4096)
+    assert storage.try_write(16384, b"w" * 32 * KIB)
+    assert not storage.try_write(10, b"w"), "a part of a sector waits for the rest of it"
+    assert [(place, sector) for _, place, (sector, _) in storage.writes] == [(START + 4096, 8)]
+    assert inner._pages[0][START + 4096 : START + 8192] == ciphertext[4096:8192], "it is not written yet"
