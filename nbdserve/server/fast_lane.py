@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from nbdserve.block.gathering import GatheringNode
 from nbdserve.block.node import READ_DATA, Node
 from nbdserve.block.writer import WRITE_TAKEN, WRITE_WAIT
 from nbdserve.buffers import ReusedBuffer
@@ -39,7 +40,7 @@ class FastLane:
 
     def __init__(
         self,
-        node: Node,
+        node: Node | GatheringNode,
         parser: RequestParser,
         received: ReusedBuffer,
         replies: Replies,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
+from nbdserve.block.gathering import GatheringNode
 from nbdserve.buffers import ReusedBuffer
 from nbdserve.server.output import Output
 from nbdserve.units import KIB, MIB
@@ -39,3 +41,31 @@ class Replies:
         if self.position:
             length, self.position = self.position, 0
             self._output.send_scratch(self.scratch, length)
+
+    def finish(self) -> int:
+        """Make ready what is there, for somebody else to send; its length."""
+        length, self.position = self.position, 0
+        return length
+
+
+class GatheringReplies(Replies):
+    """With requests that a node has gathered: they are finished before anything leaves.
+
+    ``written`` is called after writes of theirs may have been acknowledged.
+    """
+
+    __slots__ = ("_node", "_written")
+
+    def __init__(self, scratch: ReusedBuffer, output: Output, node: GatheringNode, written: Callable[[], None]) -> None:
+        super().__init__(scratch, output)
+        self._node = node
+        self._written = written
+
+    def send(self) -> None:
+        self._node.finish()
+        super().send()
+        self._written()
+
+    def finish(self) -> int:
+        self._node.finish()
+        return super().finish()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, Final
 
+from nbdserve.block.gathering import GatheringNode
 from nbdserve.block.node import READ_DATA, READ_SPLIT, READ_WAIT, READ_ZERO, Node
 from nbdserve.block.pieces import Piece, zero_pieces
 from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN, WRITE_WAIT
@@ -55,7 +56,7 @@ from nbdserve.server.block_status import status_reply
 from nbdserve.server.budget import SMALL, Budget, Ticket
 from nbdserve.server.fast_lane import SEND_FILE_FROM, FastLane
 from nbdserve.server.output import Output
-from nbdserve.server.replies import SCRATCH_SIZE, SEND_AT, Replies
+from nbdserve.server.replies import SCRATCH_SIZE, SEND_AT, GatheringReplies, Replies
 from nbdserve.units import KIB, MIB
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,12 @@ class Session:
         """For the payload that comes next."""
         self._moved: int | None = None
         self._scratch = buffers.scratch
-        self._ready = Replies(buffers.scratch, output)
+        gathering = GatheringNode.of(self.node)
+        self._ready = (
+            GatheringReplies(buffers.scratch, output, gathering, self._send_written)
+            if gathering
+            else Replies(buffers.scratch, output)
+        )
         self._set_reading = set_reading
         self._on_idle = on_idle
         self._on_error = on_error
@@ -120,7 +126,7 @@ class Session:
         self._head_size = read_head_size(self.mode)
         self._pack_head = pack_read_head(self.mode)
         self._fast_lane = FastLane(
-            self.node,
+            gathering or self.node,
             self.parser,
             buffers.receive,
             self._ready,
@@ -314,9 +320,9 @@ class Session:
             return False
         if place is None or not place[0].can_send(place[1], length):
             return False
-        end = self._ready.position + self._head_size
-        self._pack_head(self._scratch.data, self._ready.position, cookie, offset, length)
-        self._ready.position = 0
+        start = self._ready.finish()
+        end = start + self._head_size
+        self._pack_head(self._scratch.data, start, cookie, offset, length)
         self._output.send_file(self._scratch.view[:end], *place, length)
         return True
 
@@ -422,9 +428,13 @@ class Session:
         )
 
     def _send_replies(self) -> None:
-        replies, self._replies = self._replies, []
-        self._output.send(b"".join(replies))
+        self._send_written()
         self.resume()
+
+    def _send_written(self) -> None:
+        replies, self._replies = self._replies, []
+        if replies:
+            self._output.send(b"".join(replies))
 
     async def _write_slowly(self, flags: int, cookie: int, offset: int, payload: memoryview) -> None:
         try:
