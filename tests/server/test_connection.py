@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ from nbdserve.protocol.constants import (
     REP_ERR_POLICY,
     REP_ERR_UNKNOWN,
 )
+from nbdserve.server import connection
 from nbdserve.storage.memory import MemoryStorage
 from nbdserve.units import KIB, MIB
 from tests.server.clients import Client, old_style, raw, read_exactly, serving, simple_request
@@ -177,3 +179,24 @@ async def test_an_end_in_the_middle_of_the_handshake_is_forgotten(tmp_path: Path
         await old_style(client.sock, b"a")
         client.close()
         await served.until(lambda: served.server.connections == 0)
+
+
+@pytest.mark.parametrize("seconds", [0.00001, 0.0003, 0.01])
+def test_a_client_that_always_has_more_leaves_the_others_their_turn(
+    monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    now = 0.0
+
+    def process() -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(connection, "monotonic", lambda: now)
+    monkeypatch.setattr(connection, "_MOST_POLLED", 64)
+    parser = SimpleNamespace(disconnected=False, get_buffer=lambda: memoryview(b""), received=lambda count: None)
+    session = SimpleNamespace(reading=True, parser=parser, process=process)
+    polled = connection.Connection.__new__(connection.Connection)
+    polled.lost, polled._polls_in_vain = False, 0
+    polled._output = SimpleNamespace(receive_into=lambda buffer: 100)  # type: ignore[assignment]
+    polled._poll(session)  # type: ignore[arg-type]
+    assert round(now / seconds) == {0.00001: 64, 0.0003: 7, 0.01: 1}[seconds]
