@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final, Self, cast
 import numpy as np
 
 from nbdserve.errors import ConfigError
+from nbdserve.extents import DATA, UNALLOCATED
 from nbdserve.formats.base import BackingReference, CheckResult, CreateOption, FormatDriver, ImageInfo
 from nbdserve.formats.inflate import inflate
 from nbdserve.formats.qcow import layout
@@ -51,6 +52,8 @@ class QcowDriver(TwoLevelDriver):
         super().__init__(storage, header.geometry, l1, backing, options)
         self.header = header
         self._units = UnitCache(storage)
+        self._backing_end = 1 << 63
+        """Bytes of the disk below: from there on it shows zeroes."""
         self.zeroes_fast = not self.has_backing
 
     # --- opening and making ------------------------------------------------------------------------------------------
@@ -164,3 +167,73 @@ class QcowDriver(TwoLevelDriver):
         With one there is no entry that says so, and zeroes are written.
         """
         return 0 if self.has_backing else self._zero_alone(offset, length)
+
+    # --- size --------------------------------------------------------------------------------------------------------
+
+    def accept_backing(self, backing: FormatDriver) -> None:
+        """Any will do; how long it is says how far it shows."""
+        self._backing_end = backing.size
+
+    async def resize(self, size: int) -> None:
+        """Grow the disk; a longer L1 table is made in new space, and the header's sector decides.
+
+        ConfigError for a size that is smaller, no multiple of 512 or too large for the L1 table. Where the old end is
+        inside a cluster that only a longer layer below has, the engine zeroes the rest of it.
+        """
+        new = replace(self.header, size=size)
+        most = layout.MAX_L1_BYTES // 8 << self._l1_shift
+        if size < self.size or size % SECTOR_SIZE or size > most:
+            raise ConfigError(f"{self.path}: {size} bytes: must be a multiple of 512 from {self.size} to {most}")
+        await self._commit.settle()
+        if new.l1_entries > self.header.l1_entries:
+            words = np.zeros(new.l1_entries, np.uint64)
+            words[: len(self.l1.words)] = self.l1.words
+            host_offset, _ = self._space.take_whole(div_ceil(len(words) * 8, self.cluster_size))
+            table = Table(host_offset, words, self.stored)
+            await self.storage.write_stable([(host_offset, table.encode())])
+            self.l1, new = table, replace(new, l1_table_offset=host_offset)
+        try:
+            await self._clear(self.size, size)
+            await self._commit.settle()
+            # Until here the disk has its old size and its old L1 table; what is mapped past its end is zeroes already.
+            fields = bytearray(await self.storage.read(0, layout.HEADER_LENGTH))
+            fields[layout.SIZE_AT : layout.SIZE_AT + 8] = size.to_bytes(8, "big")
+            fields[layout.L1_OFFSET_AT : layout.L1_OFFSET_AT + 8] = new.l1_table_offset.to_bytes(8, "big")
+            await self.storage.write_stable([(0, fields)])
+        except BaseException as error:
+            # The tables in memory are not those the header on disk names.
+            self._stop_writing(f"{self.path}: it could not be resized, open it anew: {error}")
+            raise
+        self.header, self.geometry, self.size = new, new.geometry, new.disk_size
+
+    async def _clear(self, start: int, end: int) -> None:
+        """Make ``[start, end)``, past the end of the disk, read as zeroes when the disk has it."""
+        shown = self._backing_end if self.has_backing else 0
+        async for runs in self.iter_runs(start, end):
+            for first, length, kind in zip(runs.start.tolist(), runs.length.tolist(), runs.kind.tolist(), strict=True):
+                at, stop = first, first + length
+                if kind == UNALLOCATED:
+                    at, stop = align_up(at, self.cluster_size), min(stop, shown)
+                while at < stop:
+                    at += await self._zero_past_the_end(at, stop - at)
+
+    async def _zero_past_the_end(self, offset: int, length: int) -> int:
+        """Zero the start of the range in place, or put a cluster of zeroes there; the bytes done."""
+        while (run := self.lookup(offset, length)) is None:
+            await self.load(offset)
+        if run[0] != DATA:
+            return await self._write_zeroes(offset)
+        await self.data.zero(run[2], run[1])
+        return run[1]
+
+    async def _write_zeroes(self, start: int) -> int:
+        """A cluster of its own for the one with ``start``, which ends in zeroes from there on; the bytes done."""
+        unit = align_down(start, self.cluster_size)
+        while (allocation := self.allocate(unit, self.cluster_size)) is None:
+            await self.prepare(unit, self.cluster_size)
+        content = b""
+        if start > unit:
+            content = (await self.read_compressed(unit))[1][: start - unit]
+        await self.data.write(allocation.host_offset, content.ljust(self.cluster_size, b"\0"))
+        self.publish(allocation)
+        return unit + self.cluster_size - start

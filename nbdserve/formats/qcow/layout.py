@@ -39,6 +39,8 @@ HEADER: Final[Any] = c.Struct(
 )
 HEADER_LENGTH: Final = 48
 BACKING_FIELDS_AT: Final = 8
+SIZE_AT: Final = 24
+L1_OFFSET_AT: Final = 40
 
 
 @dataclass(frozen=True, slots=True)
