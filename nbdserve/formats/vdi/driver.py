@@ -5,9 +5,10 @@ data area stays dense, as the allocator of QEMU and VirtualBox takes for granted
 whose write failed, is mended before the image is closed.
 
 A commit that allocates writes the map to its other place (``two_maps``), so that QEMU's tools find a clean image after
-a crash at any point. Where there is no room for that (``room`` makes it if it can), the count of allocated blocks is
-written before the entries: a crash in between leaves a count that is too high, which QEMU's check calls an error
-although every block is where it was, and the next one is put behind them.
+a crash at any point. Opening an image writable makes the room for that (``room``). Where it cannot, because the image
+was not clean before, the count of allocated blocks is written before the entries: a crash in between leaves a count
+that is too high, which QEMU's check calls an error although every block is where it was, and the next one is put behind
+them.
 """
 
 from __future__ import annotations

@@ -9,6 +9,13 @@ sectors change what it means, both of them the header's:
    QEMU's next block goes behind it.
 2. A second new map, with the blocks' new numbers and no placeholders, is written where the data area began. The header
    then names that map and the new beginning at once.
+
+The header cannot name a map behind 4 GiB. In a file that long the places at its end are reserved instead, by a count of
+allocated blocks that is too high for as long as the first blocks move there: a crash meanwhile leaves that count, which
+QEMU's check calls an error, though nothing is lost by it. No other order does without. Until the first blocks' space is
+free nothing before 4 GiB is, so no second map can be there; to free it, entries have to refer to the end of the file;
+what they refer to must be less than the count, for QEMU puts its next block there; and the number of entries stays the
+same. So the count is greater than that number, which is the error.
 """
 
 from __future__ import annotations
@@ -33,10 +40,9 @@ _WORD = 4
 
 
 async def make_room(storage: Storage, header: Header, sector: bytes) -> tuple[Header, bytes]:
-    """The header and its sector, with the room made where it can be.
+    """The header and its sector, with the room made where it can be: not in a data area with holes. OSError.
 
-    It cannot where the data area has holes (closing the image mends that), or ends behind 4 GiB, where the map's offset
-    must not be. OSError.
+    Closing an image fills them.
     """
     if header.type == layout.TYPE_STATIC or header.end > header.map_offset or TwoMaps.of(header) is not None:
         return header, sector
@@ -52,11 +58,8 @@ async def make_room(storage: Storage, header: Header, sector: bytes) -> tuple[He
     first_map_block = allocated + shift
     map_offset = header.data_offset + first_map_block * block
     if map_offset + map_blocks * block >= layout.OFFSET_LIMIT:
-        return header, sector
-    for number in range(min(allocated, shift)):
-        await copy_unit(
-            storage, header.data_offset + number * block, header.data_offset + (unused + number) * block, block
-        )
+        return await _move_behind_a_count(storage, header, sector, shift)
+    await _copy_first(storage, header, min(allocated, shift), unused)
     moved = await _write_map(storage, _map_of(storage, header), map_offset, shift, unused)
     placeholders = [*range(shift), *range(first_map_block, first_map_block + map_blocks)]
     words, entries = placeholder_words(header.disk_blocks, placeholders)
@@ -67,6 +70,27 @@ async def make_room(storage: Storage, header: Header, sector: bytes) -> tuple[He
         sector,
     )
     return await finish(storage, header, sector)
+
+
+async def _move_behind_a_count(storage: Storage, header: Header, sector: bytes, shift: int) -> tuple[Header, bytes]:
+    """The way without a map at the end of the file, from one that is dense.
+
+    Each step is stable before the next. Crash before the last one: the count is too high, and each block is where the
+    map says, its old place or the new one.
+    """
+    allocated, block = header.blocks_allocated, header.block_size
+    moved = replace(header, data_offset=header.data_offset + shift * block)
+    maps = TwoMaps.of(moved)
+    if allocated < shift or moved.data_offset >= layout.OFFSET_LIMIT or maps is None:
+        return header, sector
+    _, sector = await _write_header(storage, replace(header, blocks_allocated=allocated + shift), sector)
+    await _copy_first(storage, header, shift, allocated)
+    await storage.flush()
+    await _write_map(storage, _map_of(storage, header), header.map_offset, shift, allocated)
+    await storage.flush()
+    await _write_map(storage, _map_of(storage, header), maps.other, 0, -shift)
+    await storage.flush()
+    return await _write_header(storage, replace(moved, map_offset=maps.other), sector)
 
 
 async def finish(storage: Storage, header: Header, sector: bytes) -> tuple[Header, bytes]:
@@ -104,6 +128,13 @@ async def finish(storage: Storage, header: Header, sector: bytes) -> tuple[Heade
     header, sector = await _write_header(storage, new, sector)
     await storage.truncate(new.data_offset + end * block)
     return header, sector
+
+
+async def _copy_first(storage: Storage, header: Header, count: int, target: int) -> None:
+    """The first ``count`` blocks, to those from ``target`` on. Not stable on return."""
+    base, block = header.data_offset, header.block_size
+    for number in range(count):
+        await copy_unit(storage, base + number * block, base + (target + number) * block, block)
 
 
 def _units(words: AnyWords) -> tuple[Int64Array, npt.NDArray[np.bool_]]:

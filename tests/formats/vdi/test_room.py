@@ -157,8 +157,7 @@ async def test_another_map_among_the_data_is_only_read(tmp_path: Path, entries: 
     await (await open_with(VdiDriver, path, read_only=True)).close()
 
 
-async def test_no_room_can_be_made_behind_4_gib(tmp_path: Path) -> None:
-    """The count is stable before the entries, as it has to be for stock to write on after a crash in between."""
+async def test_a_file_of_more_than_4_gib(tmp_path: Path) -> None:
     path, allocated = tmp_path / "a.vdi", 4096
     images.create(path, 5 * GIB, fmt="vdi")
     header = _header(path)
@@ -167,14 +166,45 @@ async def test_no_room_can_be_made_behind_4_gib(tmp_path: Path) -> None:
         file.write(struct.pack(f"<{allocated}I", *range(allocated)))
         file.seek(layout.BLOCKS_ALLOCATED_AT)
         file.write(struct.pack("<I", allocated))
+        file.seek(header.data_offset + 100)
+        file.write(b"first")
         file.truncate(header.data_offset + allocated * MIB)
     images.check(path, "vdi")
     driver = await open_with(VdiDriver, path)
-    assert driver.header.data_offset == header.data_offset and TwoMaps.of(driver.header) is None
+    assert driver.header.data_offset == header.data_offset + MIB and TwoMaps.of(driver.header) is not None
+    assert await flat.read(driver, 100, 5) == b"first"
     await flat.write(driver, 5 * GIB - MIB, b"x" * 512)
     await driver.close()
     images.check(path, "vdi")
     images.qemu_io(path, "vdi", [f"read -P 0x78 {5 * GIB - MIB} 512"])
+
+
+async def test_a_crash_while_the_end_is_reserved_by_the_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock calls it an error until the room is made, and writes nowhere over data; both of us may go on."""
+    monkeypatch.setattr(layout, "OFFSET_LIMIT", 3 * MIB)
+    path = tmp_path / "a.vdi"
+    model = _stock(path, 5 * MIB, [3, 1, 4])
+    recorder = Recorder(seed=1)
+    storage = recorder.storage(path.read_bytes())
+    await _open(storage)
+    path.write_bytes(storage.content)
+    images.check(path, "vdi")
+    assert _header(path).data_offset == MIB + 1024 and flat.content(path, "vdi") == model
+    unclean = 0
+    for state in Replay(recorder, None, 1).states(STATES):
+        path.write_bytes(state.contents[0])
+        result = await flat.check_alone(VdiDriver, path)
+        assert result.corruptions == 0, str(state)
+        unclean += result.leaks > 0
+        assert flat.content(path, "vdi") == model, str(state)
+        images.qemu_io(path, "vdi", ["write -P 0x77 2M 512"])
+        changed = bytearray(model)
+        changed[2 * MIB : 2 * MIB + 512] = b"\x77" * 512
+        assert flat.content(path, "vdi") == changed, str(state)
+        await (await open_with(VdiDriver, path)).close()
+        images.check(path, "vdi")
+        assert flat.content(path, "vdi") == changed, str(state)
+    assert unclean
 
 
 def _without_room(order: Sequence[int]) -> bytes:
