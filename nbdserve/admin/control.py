@@ -19,6 +19,7 @@ from nbdserve.block.drain import drained
 from nbdserve.exports.export import Export
 from nbdserve.formats.registry import DRIVERS
 from nbdserve.server.server import Server
+from nbdserve.storage.nbd_target import is_nbd
 
 QEMU_VERSION = (7, 2, 0)
 """Whose commands and texts these are; clients choose their ways by it."""
@@ -79,7 +80,8 @@ class Control:
                 name = self.nodes.fitting_name(export.name or Path(node.path).name)
                 entry = NodeEntry(name, node.format, node, cache, permanent=True)
                 self.nodes.add(entry)
-                self.paths.add(Path(node.path).absolute().parent)
+                if not is_nbd(node.path):
+                    self.paths.add(Path(node.path).absolute().parent)
             identity = export.name or entry.name
             self.exports.adopt(ExportEntry(identity, export, entry, permanent=True))
 

@@ -58,9 +58,9 @@ class Client:
         self.export = connected.export
         self._transmission = ClientTransmission(self.export.mode, [number for number, _ in self.export.contexts])
 
-    def read(self, offset: int, length: int) -> bytearray:
+    def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes at ``offset``. OSError when the server fails the request."""
-        return self._request(CMD_READ, offset, length).data
+        return bytes(self._request(CMD_READ, offset, length).data)
 
     def block_status(self, offset: int, length: int) -> dict[str, list[tuple[int, int]]]:
         """``(length, status)`` extents from ``offset`` by context name; at least one each."""

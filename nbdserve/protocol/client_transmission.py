@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from struct import Struct
 from typing import Final
 
+from nbdserve.buffers import fill_zeroes
 from nbdserve.errors import ProtocolError
 from nbdserve.protocol import codec
 from nbdserve.protocol.client import Failed
@@ -67,7 +68,7 @@ class Reply:
     length: int
     error: int = 0
     message: str = ""
-    data: bytearray = field(default_factory=bytearray)
+    data: bytearray | memoryview = field(default_factory=bytearray)
     """What READ read: ``length`` bytes, of no use when there was an error."""
     extents: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     """BLOCK_STATUS: ``(length, status)`` by context id, cut at the end of the request."""
@@ -94,9 +95,18 @@ class ClientTransmission:
         return self._in_flight.values()
 
     def request(
-        self, command: int, offset: int = 0, length: int = 0, *, flags: int = 0, only: Sequence[int] = ()
+        self,
+        command: int,
+        offset: int = 0,
+        length: int = 0,
+        *,
+        flags: int = 0,
+        only: Sequence[int] = (),
+        into: memoryview | None = None,
     ) -> tuple[int, bytes]:
         """The cookie and the bytes of a request. The ``length`` bytes of a WRITE are sent after them by the caller.
+
+        ``into`` takes the data of a READ, ``length`` bytes; it is the ``data`` of the reply.
 
         ``only`` limits a BLOCK_STATUS to these context ids (needs BLOCK_STATUS_PAYLOAD).
         """
@@ -108,7 +118,7 @@ class ClientTransmission:
         if command != CMD_DISC:
             reply = self._in_flight[cookie] = Reply(cookie, command, flags, offset, length)
             if command == CMD_READ:
-                reply.data = bytearray(length)
+                reply.data = bytearray(length) if into is None else into
                 reply._holes = [(offset, offset + length)] if length else []
             elif command == CMD_BLOCK_STATUS:
                 reply._expected = frozenset(only) or self._context_ids
@@ -192,7 +202,10 @@ class ClientTransmission:
             (start,) = codec.CHUNK_OFFSET.unpack((yield codec.CHUNK_OFFSET.size))
             yield from self._data(reply, start, length - codec.CHUNK_OFFSET.size)
         elif kind == REPLY_OFFSET_HOLE and reply.command == CMD_READ and length == codec.CHUNK_HOLE.size:
-            self._take(reply, *codec.CHUNK_HOLE.unpack((yield length)))
+            start, hole = codec.CHUNK_HOLE.unpack((yield length))
+            self._take(reply, start, hole)
+            if isinstance(reply.data, memoryview):
+                fill_zeroes(reply.data[start - reply.offset : start - reply.offset + hole])
         elif kind == status_kind and reply.command == CMD_BLOCK_STATUS:
             yield from self._extents(reply, length)
         else:
@@ -201,7 +214,7 @@ class ClientTransmission:
             self._finish(reply)
 
     def _take(self, reply: Reply, start: int, length: int) -> None:
-        """Note that these bytes of a READ have come. The data of a hole is in the buffer already: zeroes."""
+        """Note that these bytes of a READ have come. Those of a hole are in a buffer of our own already."""
         end = start + length
         holes = reply._holes
         at = bisect_right(holes, (start, _FAR)) - 1

@@ -117,7 +117,14 @@ class NbdStorage(Storage):
     # --- requests ----------------------------------------------------------------------------------------------------
 
     async def _request(
-        self, command: int, offset: int, length: int, *, flags: int = 0, data: ReadBuffer | None = None
+        self,
+        command: int,
+        offset: int,
+        length: int,
+        *,
+        flags: int = 0,
+        data: ReadBuffer | None = None,
+        into: memoryview | None = None,
     ) -> Reply:
         """The successful reply, over this connection or a later one. OSError else."""
         loop = asyncio.get_running_loop()
@@ -126,7 +133,7 @@ class NbdStorage(Storage):
             while True:
                 connection = await self._connected()
                 try:
-                    reply = await connection.request(command, offset, length, flags=flags, data=data)
+                    reply = await connection.request(command, offset, length, flags=flags, data=data, into=into)
                 except LostError as error:
                     problem = str(error)
                 else:
@@ -227,7 +234,9 @@ class NbdStorage(Storage):
 
     async def _read_part(self, start: int, end: int, offset: int, buffer: memoryview) -> None:
         """Read ``[start, end)``, whole blocks, and keep what ``buffer`` is for."""
-        if start < end:
+        if end - start == len(buffer) > 0:
+            await self._request(CMD_READ, start, end - start, into=buffer)
+        elif start < end:
             reply = await self._request(CMD_READ, start, end - start)
             skip = offset - start
             buffer[:] = memoryview(reply.data)[skip : skip + len(buffer)]

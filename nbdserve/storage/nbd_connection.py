@@ -87,14 +87,24 @@ class NbdConnection(asyncio.BufferedProtocol):
         return connection
 
     def request(
-        self, command: int, offset: int, length: int, *, flags: int = 0, data: ReadBuffer | None = None
+        self,
+        command: int,
+        offset: int,
+        length: int,
+        *,
+        flags: int = 0,
+        data: ReadBuffer | None = None,
+        into: memoryview | None = None,
     ) -> JobFuture[Reply]:
-        """Send a request; its reply, or LostError. ``data`` must stay as it is until then."""
+        """Send a request; its reply, or LostError.
+
+        Until then ``data``, of a write, must stay as it is, and ``into``, for what a read reads, is in use.
+        """
         reply: JobFuture[Reply] = JobFuture(loop=asyncio.get_running_loop())
         if self.lost is not None:
             reply.set_exception(LostError(self.lost))
             return reply
-        cookie, head = self._transmission.request(command, offset, length, flags=flags)
+        cookie, head = self._transmission.request(command, offset, length, flags=flags, into=into)
         self._replies[cookie] = reply
         if data is None:
             self._transport.write(head)

@@ -59,6 +59,15 @@ def broken(client: ClientTransmission, answer: bytes) -> bool:
     return bool(events) and isinstance(events[-1], Failed) and isinstance(events[-1].error, ProtocolError)
 
 
+def test_a_buffer_of_the_caller_is_filled_holes_too() -> None:
+    client = ClientTransmission(STRUCTURED)
+    buffer = bytearray(b"?" * (LENGTH + 2))
+    client.request(k.CMD_READ, OFFSET, LENGTH, into=memoryview(buffer)[1:-1])
+    reply = finished(client, data(OFFSET + 24, LENGTH - 24) + hole(OFFSET, 24, DONE))
+    assert buffer == b"?" + bytes(24) + b"d" * (LENGTH - 24) + b"?"
+    assert reply.data == buffer[1:-1]
+
+
 def test_requests() -> None:
     assert ClientTransmission(SIMPLE).request(k.CMD_WRITE, 5, 3, flags=1) == (
         1,
