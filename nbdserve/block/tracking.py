@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from nbdserve.bitmaps.bitmap import DirtyBitmap
+from nbdserve.bitmaps.bitmap import DEFAULT_GRANULARITY, DirtyBitmap
 from nbdserve.bitmaps.bitmap_set import BitmapSet
 from nbdserve.block.watchers import Watcher
 from nbdserve.units import KIB
@@ -33,6 +33,10 @@ class NodeBitmaps(BitmapSet, Watcher):
         if node.format == "raw":
             return _LARGEST_DEFAULT
         return min(max(node.top.cluster_size, _SMALLEST_DEFAULT), _LARGEST_DEFAULT)
+
+    def add(self, name: str | None, granularity: int = DEFAULT_GRANULARITY) -> DirtyBitmap:
+        self.size = self._node.size  # without bitmaps nobody is told of a resize
+        return super().add(name, granularity)
 
     def adopt(self, bitmap: DirtyBitmap) -> DirtyBitmap:
         if not self:

@@ -101,6 +101,11 @@ async def test_what_a_resize_adds_is_dirty() -> None:
     await node.resize(MIB + 8 * KIB)
     assert node.bitmaps.size == MIB + 8 * KIB
     assert dirty(node) == {0, 256, 257}
+    node.bitmaps.discard(node.bitmaps.get("b"))
+    await node.resize(2 * MIB)
+    node.bitmaps.add("b", GRANULARITY)
+    await node.write(2 * MIB - 1, b"x")
+    assert dirty(node) == {511}
     await node.close()
 
 
