@@ -348,6 +348,10 @@ class FormatDriver(ABC):
         """
         raise NotImplementedError
 
+    async def make_empty(self) -> None:
+        """Hold nothing any more, as if the image were new: the layer below shows everywhere. Stable on return."""
+        raise NotImplementedError
+
     async def set_backing(self, reference: BackingReference | None, backing: FormatDriver | None = None) -> None:
         """Name another backing file in the header, or none, whatever that makes of the guest's content.
 

@@ -171,7 +171,8 @@ class Job(ABC):
         self.busy = False
         try:
             self._changed.clear()
-            await asyncio.wait_for(self._changed.wait(), seconds)
+            async with asyncio.timeout(seconds):  # wait_for loses a cancellation that comes with the event
+                await self._changed.wait()
         except TimeoutError:
             pass
         finally:

@@ -72,6 +72,7 @@ class Mirror(NodeJob):
         on_source_error: str = "report",
         on_target_error: str = "report",
         auto_complete: bool = False,
+        pivot: bool = True,
         owns_target: bool = True,
         **options: Any,
     ) -> None:
@@ -79,7 +80,8 @@ class Mirror(NodeJob):
         ``base_index`` hold; ``none``.
 
         ``target_is_zero``: it reads as zeroes, so that those are not copied. ``auto_complete``: complete when ready.
-        ``owns_target``: it is closed at the end, or its new layers are. ``options`` are those of ``Job``.
+        ``pivot`` False: complete without the exchange. ``owns_target``: it is closed at the end, or its new layers
+        are. ``options`` are those of ``Job``.
         """
         if target is not None and target.size != node.size:
             raise JobError("Source and target image have different sizes")
@@ -92,6 +94,7 @@ class Mirror(NodeJob):
         self._on_error = (on_source_error, on_target_error)
         self._auto_complete = auto_complete
         self._owns_target = owns_target
+        self._exchanges = pivot
         self._copy: LiveCopy | None = None
 
     async def begin(self) -> Node:
@@ -149,7 +152,7 @@ class Mirror(NodeJob):
 
     async def commit(self) -> None:
         """Exchange the layers, if that was asked for."""
-        if self.complete_requested or (self._auto_complete and not self.cancel_requested):
+        if self._exchanges and (self.complete_requested or (self._auto_complete and not self.cancel_requested)):
             await self.pivot()
 
     async def pivot(self) -> None:

@@ -14,9 +14,11 @@ from nbdserve.block.node import READ_DATA, READ_ZERO, Node
 from nbdserve.block.spec import ImageSpec
 from nbdserve.block.writer import WRITE_DONE, WRITE_WAIT
 from nbdserve.errors import JobError
+from nbdserve.jobs.backup import Backup
 from nbdserve.jobs.commit import ActiveCommit, Commit
 from nbdserve.jobs.job import Job
 from nbdserve.jobs.mirror import Mirror
+from nbdserve.jobs.snapshot import create_overlay, snapshot
 from nbdserve.jobs.status import JobStatus
 from nbdserve.jobs.stream import Stream
 from nbdserve.units import KIB, MIB
@@ -26,7 +28,7 @@ SIZE = 4 * MIB
 STRIPE = 16 * KIB
 """Clients write where no other does, but in clusters that others write to."""
 CLIENTS = 3
-KINDS = ("active commit", "commit", "stream", "stream to base", "mirror", "mirror top")
+KINDS = ("active commit", "commit", "stream", "stream to base", "mirror", "mirror top", "backup", "snapshot")
 TOPS = (("qcow2", ""), ("qcow2", "cluster_size=4096"), ("qed", ""), ("qcow2", "extended_l2=on,cluster_size=128k"))
 BASES = (*TOPS, ("raw", ""), ("qcow2", "compat=0.10"), ("vdi", ""), ("parallels", ""))
 
@@ -116,6 +118,8 @@ class Round:
         self.folder = folder
         self.step = "make"
         self.files: list[tuple[Path, str]] = []
+        self.content = bytearray()
+        self.moment = b""
 
     async def run(self) -> str:
         content = bytearray(SIZE)
@@ -129,8 +133,10 @@ class Round:
             await _fill(await self._open(path, fmt), self.rng, content)
         node = await self._open(*self.files[-1])
         disk = Disk(node)
-        disk.content = content
+        disk.content = self.content = content
         self.step = "job"
+        if self.kind == "snapshot":
+            return await self._snapshots(disk)
         job, target = await self._job(node)
         stop = asyncio.Event()
         clients = [
@@ -155,6 +161,8 @@ class Round:
         result_path, result_format = Path(node.path), node.format
         await node.close()
         self.step = f"stock after {end}"
+        if isinstance(job, Backup) and target and end == "complete":
+            assert images.raw_content(*target, self.folder) == self.moment, "the backup is not of the moment"
         for path, fmt in [*self.files, *([target] if target and end in ("complete", "soft") else [])]:
             if path.exists() and fmt not in ("raw",):
                 with contextlib.suppress(ValueError):
@@ -166,6 +174,35 @@ class Round:
         """``path``, on the layers made so far without the last one."""
         below = self._formats(len(self.files) - 2)
         return await open_image(ImageSpec(str(path), fmt, discard="unmap", backing=below or "header"))
+
+    async def _snapshots(self, disk: Disk) -> str:
+        """Layers are put on top under clients; each of them then holds its own moment."""
+        stop = asyncio.Event()
+        clients = [
+            asyncio.create_task(client(disk, number, random.Random(self.rng.random()), stop))
+            for number in range(CLIENTS)
+        ]
+        node = disk.node
+        try:
+            for number in range(self.rng.randrange(1, 4)):
+                await asyncio.sleep(self.rng.random() * 0.05)
+                path, fmt = self.folder / f"snapshot{number}.qcow2", self.rng.choice(("qcow2", "qed"))
+                overlay = await create_overlay(str(path.with_suffix(f".{fmt}")), fmt, node)
+                await snapshot([(node, overlay)])
+                self.files.append((Path(node.path), fmt))
+            await asyncio.sleep(self.rng.random() * 0.05)
+        finally:
+            stop.set()
+            done = await asyncio.gather(*clients)
+        await disk.verify()
+        assert all(layer.read_only for layer in node.layers[1:])
+        await node.close()
+        self.step = "stock"
+        for path, fmt in self.files:
+            if fmt != "raw":
+                images.check(path, fmt, leaks_allowed=True)
+        assert images.raw_content(*self.files[-1], self.folder) == disk.content
+        return f"{self.kind}: complete, {sum(done)} requests"
 
     def _formats(self, index: int) -> ImageSpec | None:
         """The formats of the layers below, which QED does not say."""
@@ -190,6 +227,8 @@ class Round:
         backing = (self.files[-2][0].name, self.files[-2][1]) if self.kind == "mirror top" and fmt != "raw" else None
         images.create(path, SIZE, fmt=fmt, options=options, backing=backing)
         target = await (self._open(path, fmt) if backing else open_image(ImageSpec(str(path), fmt, discard="unmap")))
+        if self.kind == "backup":
+            return Backup("job", node, target, target_is_zero=True, speed=speed), (path, fmt)
         sync = "top" if backing else "full"
         return Mirror("job", node, target, sync=sync, target_is_zero=not backing, speed=speed), (path, fmt)
 
@@ -197,7 +236,15 @@ class Round:
         """Start the job and bring it to one of its ends."""
         rng = self.rng
         job.announce(lambda event: None)
-        job.start()
+        await asyncio.sleep(rng.random() * 0.02)
+        if isinstance(job, Backup):
+            async with job.node.drained():
+                for _ in range(5):  # clients whose request was the last one note what it was
+                    await asyncio.sleep(0)
+                self.moment = bytes(self.content)
+                job.start()
+        else:
+            job.start()
         way = rng.choice(("complete", "complete", "complete", "cancelled", "soft", "pause"))
         delay = rng.random() * rng.choice((0.02, 0.3))
         if way == "pause":

@@ -327,6 +327,18 @@ class Qcow2Driver(Qcow2Image):
         """
         await resize_qcow2(self, size)
 
+    async def make_empty(self) -> None:
+        """Unmap every table, and give its clusters back. After a crash some are unmapped and others are not."""
+        self.check_writable()
+        for l1_index in range(len(self.l1.entries)):
+            if self.l1.entries[l1_index]:
+                while self.cache.find(l1_index) is None:
+                    await self.load(l1_index << self._l1_shift)
+                if self.is_crowded():
+                    await self._make_room()
+                self.drop_table(l1_index)
+        await self.flush()
+
     async def preallocate(self, start: int, end: int, mode: str) -> None:
         """Data clusters of zeroes; encrypted zeroes are written in any mode."""
         await preallocate_qcow2(self, start, end, mode)
