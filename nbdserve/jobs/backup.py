@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Final
 
 from nbdserve.bitmaps.bitmap import DirtyBitmap
+from nbdserve.block.filters.copy_before_write import CHUNK, GRANULARITY, CopyBeforeWrite
 from nbdserve.block.node import Node
 from nbdserve.block.window import map_node
 from nbdserve.errors import JobError, RequestError
 from nbdserve.extents import UNALLOCATED, ZERO
 from nbdserve.jobs.mirror import NodeJob
-from nbdserve.jobs.point_in_time import CHUNK, GRANULARITY, PointInTime
 from nbdserve.units import GIB, align_down, align_up
 
 _SEGMENT: Final = 4 * GIB
@@ -43,14 +43,14 @@ class Backup(NodeJob):
         on_source_error: str = "report",
         on_target_error: str = "report",
         owns_target: bool = True,
-        finished: Callable[[bool], None] | None = None,
+        finished: Callable[[bool, DirtyBitmap | None], None] | None = None,
         **options: Any,
     ) -> None:
         """``sync``: ``full``; ``top``, what the layers above number ``base_index`` hold; ``none``, only what clients
         are about to change, until the job is cancelled; ``bitmap`` (and ``incremental``), what is dirty in ``work``.
 
         ``target_is_zero``: it reads as zeroes. ``owns_target``: it is closed at the end. ``finished`` is called at the
-        end, with whether all is copied. ``options`` are those of ``Job``.
+        end, with whether all is copied, and what is not. ``options`` are those of ``Job``.
         """
         if target.size != node.size:
             raise JobError("Source and target image have different sizes")
@@ -65,7 +65,7 @@ class Backup(NodeJob):
         self._on_error = {"read": on_source_error, "write": on_target_error}
         self._owns_target = owns_target
         self._finished = finished
-        self._moment: PointInTime | None = None
+        self._moment: CopyBeforeWrite | None = None
         self._broken: Exception | None = None
         self._running: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
@@ -79,7 +79,7 @@ class Backup(NodeJob):
                 todo.set(0, self.node.size)
         else:
             todo.merge(self._marked)
-        self._moment = PointInTime(self.node, self._target, todo, on_error=self._break)
+        self._moment = CopyBeforeWrite(self.node, self._target, todo, on_error=self._break)
         self.node.watch(self._moment)
         super().start()
 
@@ -131,7 +131,7 @@ class Backup(NodeJob):
                     if first < stop:
                         todo.clear_range(first, stop - first)
 
-    async def _sweep(self, moment: PointInTime) -> None:
+    async def _sweep(self, moment: CopyBeforeWrite) -> None:
         """Copy what is marked, once through the disk."""
         position, todo = 0, moment.todo
         while (area := todo.next_dirty_area(position, todo.size, CHUNK)) is not None:
@@ -151,7 +151,7 @@ class Backup(NodeJob):
         self._check()
         await self.pause_point()
 
-    async def _copy(self, moment: PointInTime, offset: int, length: int) -> None:
+    async def _copy(self, moment: CopyBeforeWrite, offset: int, length: int) -> None:
         try:
             await moment.keep(offset, length)
         except (OSError, RequestError) as error:
@@ -183,12 +183,12 @@ class Backup(NodeJob):
     async def commit(self) -> None:
         """All is copied."""
         if self._finished is not None:
-            self._finished(True)
+            self._finished(True, None)
 
     async def abort(self) -> None:
         """Some is not."""
         if self._finished is not None:
-            self._finished(False)
+            self._finished(False, None if self._moment is None else self._moment.todo)
 
     async def clean(self) -> None:
         """Keep nothing any more."""

@@ -29,7 +29,14 @@ async def _target(folder: Path, *, backing: Path | None = None) -> Node:
 async def test_what_clients_change_meanwhile_is_kept_first(tmp_path: Path) -> None:
     node = await chain(tmp_path, "qcow2 0a 1a 2a 3a 4a")
     ended: list[bool] = []
-    job = Backup("job", node, await _target(tmp_path), target_is_zero=True, speed=UNIT, finished=ended.append)
+    job = Backup(
+        "job",
+        node,
+        await _target(tmp_path),
+        target_is_zero=True,
+        speed=UNIT,
+        finished=lambda done, left: ended.append(done),
+    )
     begin(job)
     await node.write(3 * UNIT + 512, b"b" * 512)
     await node.write(3 * UNIT, b"b" * UNIT)
@@ -57,7 +64,14 @@ async def test_what_a_bitmap_says(tmp_path: Path) -> None:
     work = DirtyBitmap(None, SIZE, 512)
     work.set(UNIT + 512, 512)
     ended: list[bool] = []
-    job = Backup("job", node, await _target(tmp_path), sync="incremental", work=work, finished=ended.append)
+    job = Backup(
+        "job",
+        node,
+        await _target(tmp_path),
+        sync="incremental",
+        work=work,
+        finished=lambda done, left: ended.append(done),
+    )
     await job.result()
     assert await opened(tmp_path / "target.qcow2") == ".a"
     assert ended == [True]
@@ -86,7 +100,9 @@ async def test_a_full_target_fails_the_job_and_not_the_client(tmp_path: Path, wh
     target = Node([await RawDriver.open(storage, {}, read_only=False)])
     ended: list[bool] = []
     speed = 1 if who == "client" else 0
-    job = begin(Backup("job", node, target, target_is_zero=True, speed=speed, finished=ended.append))
+    job = begin(
+        Backup("job", node, target, target_is_zero=True, speed=speed, finished=lambda done, left: ended.append(done))
+    )
     if who == "client":
         await until(job, JobStatus.RUNNING)
         await node.write(2 * UNIT, b"c" * UNIT)

@@ -7,8 +7,8 @@ import asyncio
 import pytest
 
 from nbdserve.bitmaps.bitmap import DirtyBitmap
+from nbdserve.block.filters.copy_before_write import GRANULARITY, CopyBeforeWrite
 from nbdserve.block.node import Node
-from nbdserve.jobs.point_in_time import GRANULARITY, PointInTime
 from nbdserve.storage.memory import MemoryStorage
 from tests.block.layers import raw_node
 from tests.jobs.test_mirror import Full
@@ -28,7 +28,7 @@ async def _pair(target: MemoryStorage | None = None) -> tuple[Node, Node, DirtyB
 
 async def test_a_granule_is_copied_before_its_first_change_only() -> None:
     source, target, todo = await _pair()
-    source.watch(moment := PointInTime(source, target, todo))
+    source.watch(moment := CopyBeforeWrite(source, target, todo))
     await source.write(GRANULARITY - 1, b"bb")
     await source.write(0, b"c" * GRANULARITY)
     assert moment.copied == 2 * GRANULARITY
@@ -41,7 +41,7 @@ async def test_a_copy_that_fails(breaks: str) -> None:
     storage.error = OSError(28, "full")
     source, target, todo = await _pair(storage)
     errors: list[Exception] = []
-    source.watch(moment := PointInTime(source, target, todo, on_error=errors.append if breaks == "copy" else None))
+    source.watch(moment := CopyBeforeWrite(source, target, todo, on_error=errors.append if breaks == "copy" else None))
     if breaks == "change":
         with pytest.raises(OSError, match="full"):
             await source.write(0, b"b" * 512)
@@ -66,7 +66,7 @@ async def test_a_client_waits_for_the_copy_under_way_and_a_drain_for_both() -> N
             super().try_write(offset, data)
 
     source, target, todo = await _pair(Slow(bytes(SIZE)))
-    source.watch(moment := PointInTime(source, target, todo))
+    source.watch(moment := CopyBeforeWrite(source, target, todo))
     copy = asyncio.create_task(moment.keep(0, GRANULARITY))
     await asyncio.sleep(0)
     write = asyncio.create_task(source.write(0, b"b" * 512))

@@ -1,0 +1,1 @@
+"""What stands between a disk and those who use it: keeping a moment of it, showing that, holding requests back."""

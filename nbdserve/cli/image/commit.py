@@ -1,0 +1,98 @@
+"""``nbdserve image commit``."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nbdserve.block.graph import open_image
+from nbdserve.block.node import Node
+from nbdserve.block.spec import CACHE_MODES, ImageSpec
+from nbdserve.cli.image.common import (
+    FileArgument,
+    FormatOption,
+    RootsOption,
+    SecretEnvOption,
+    SecretFileOption,
+    full_name,
+    roots_for,
+)
+from nbdserve.cli.image.percent import run_shown
+from nbdserve.config.image_opts import image_from_filename
+from nbdserve.config.secrets import chosen_secret
+from nbdserve.errors import ConfigError
+from nbdserve.jobs.commit import ActiveCommit
+from nbdserve.storage.roots import ImageRoots
+from nbdserve.units import parse_size
+
+
+def commit(
+    file: FileArgument,
+    format_name: FormatOption = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "-b",
+            metavar="BASE",
+            help="The layer to write into, any below the image. Default: its backing file. The image is then not "
+            "emptied, and layers between are not valid any more.",
+            show_default=False,
+        ),
+    ] = None,
+    drop: Annotated[bool, typer.Option("-d", help="Do not empty the image afterwards.")] = False,
+    cache: Annotated[str, typer.Option("-t", metavar="CACHE", help="The cache mode.")] = "writeback",
+    rate: Annotated[
+        str | None, typer.Option("-r", metavar="RATE", help="Bytes a second, at most.", show_default=False)
+    ] = None,
+    progress: Annotated[bool, typer.Option("-p", help="Show how far it is.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+    image_root: RootsOption = None,
+    secret_file: SecretFileOption = None,
+    secret_env: SecretEnvOption = None,
+) -> int:
+    """Write what an image holds into its backing file, or into one further down, and empty the image."""
+    if cache not in CACHE_MODES:
+        raise ConfigError(f"Invalid cache option: {cache}: use one of {', '.join(CACHE_MODES)}")
+    try:
+        speed = 0 if rate is None else parse_size(rate)
+    except ValueError as error:
+        raise ConfigError(f"Invalid rate limit specified: {error}") from None
+    flags = ImageSpec(file, format_name, cache=cache, discard="unmap", secret=chosen_secret(secret_file, secret_env))
+    spec = image_from_filename(file, flags)
+    roots = roots_for(spec.path, image_root)
+    asyncio.run(_commit(spec, roots, base, speed, drop=drop or base is not None, progress=progress and not quiet))
+    if not quiet:
+        print("Image committed.")
+    return 0
+
+
+async def _commit(
+    spec: ImageSpec, roots: ImageRoots, base: str | None, speed: int, *, drop: bool, progress: bool
+) -> None:
+    node = await open_image(spec, roots)
+    try:
+        if len(node.layers) == 1:
+            raise ConfigError("Image does not have a backing file")
+        index = 1 if base is None else _find(node, base)
+        job = ActiveCommit("commit", node, index, auto_complete=True, pivot=False, speed=speed)
+        await run_shown(job, progress=progress)
+        if not drop and node.top.can("make_empty"):
+            await node.top.make_empty()
+    finally:
+        await node.close()
+
+
+def _find(node: Node, base: str) -> int:
+    """The layer the user names: as the header above it does, or by a path."""
+    for index, layer in enumerate(node.layers[1:], 1):
+        above = node.layers[index - 1]
+        if above.backing is not None and above.backing.name == base:
+            return index
+        if Path(base).exists() and Path(layer.path).samefile(base):
+            return index
+        if Path(layer.path) == Path(full_name(node.path, base)):
+            return index
+    raise ConfigError(f"Did not find '{base}' in the backing chain of '{node.path}'")

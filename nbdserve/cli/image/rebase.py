@@ -1,0 +1,122 @@
+"""``nbdserve image rebase``."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from nbdserve.block.graph import open_image
+from nbdserve.block.node import Node
+from nbdserve.block.spec import CACHE_MODES, ImageSpec
+from nbdserve.cli.image.common import (
+    FileArgument,
+    FormatOption,
+    RootsOption,
+    SecretEnvOption,
+    SecretFileOption,
+    full_name,
+    roots_for,
+)
+from nbdserve.cli.image.percent import run_shown
+from nbdserve.config.image_opts import image_from_filename
+from nbdserve.config.secrets import chosen_secret
+from nbdserve.errors import ConfigError
+from nbdserve.formats.base import BackingReference
+from nbdserve.formats.registry import DRIVERS
+from nbdserve.jobs.rebase import Rebase
+from nbdserve.storage.roots import ImageRoots
+
+
+def rebase(
+    file: FileArgument,
+    format_name: FormatOption = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "-b",
+            metavar="BACKING_FILE",
+            help='The new backing file, relative to the directory of the image; "" for none.',
+            show_default=False,
+        ),
+    ] = None,
+    base_format: Annotated[
+        str | None, typer.Option("-F", metavar="BACKING_FMT", help="Its format.", show_default=False)
+    ] = None,
+    unsafe: Annotated[
+        bool, typer.Option("-u", help="Change the header alone: the new file is known to have the same content.")
+    ] = False,
+    cache: Annotated[str, typer.Option("-t", metavar="CACHE", help="The cache mode of the image.")] = "writeback",
+    source_cache: Annotated[
+        str, typer.Option("-T", metavar="SRC_CACHE", help="The cache mode of the backing files.")
+    ] = "writeback",
+    progress: Annotated[bool, typer.Option("-p", help="Show how far it is.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+    image_root: RootsOption = None,
+    secret_file: SecretFileOption = None,
+    secret_env: SecretEnvOption = None,
+) -> int:
+    """Give an image another backing file. Its content stays: what differs between the two is copied into it."""
+    if base is None and not unsafe:
+        raise ConfigError("Must specify backing file (-b) or use unsafe mode (-u)")
+    for mode in (cache, source_cache):
+        if mode not in CACHE_MODES:
+            raise ConfigError(f"Invalid cache option: {mode}: use one of {', '.join(CACHE_MODES)}")
+    if base_format is not None and base_format not in DRIVERS:
+        raise ConfigError(f"Invalid format name: '{base_format}': there are {', '.join(sorted(DRIVERS))}")
+    secret = chosen_secret(secret_file, secret_env)
+    spec = image_from_filename(file, ImageSpec(file, format_name, cache=cache, discard="unmap", secret=secret))
+    reference = BackingReference(base, base_format) if base else None
+    roots = roots_for(spec.path, image_root)
+    if unsafe:
+        asyncio.run(_rename(spec, roots, reference))
+    else:
+        asyncio.run(_rebase(spec, roots, reference, source_cache, progress=progress and not quiet))
+    return 0
+
+
+async def _rename(spec: ImageSpec, roots: ImageRoots, reference: BackingReference | None) -> None:
+    node = await open_image(replace(spec, backing=None), roots)
+    try:
+        _check(node, reference)
+        if reference is not None and node.top.needs_open_backing:
+            raise ConfigError(f"{spec.path}: a {node.format} image holds the identity of its backing file: not with -u")
+        await node.top.set_backing(reference)
+    finally:
+        await node.close()
+
+
+def _check(node: Node, reference: BackingReference | None) -> None:
+    """What is known before anything is read."""
+    name = "" if reference is None else reference.name
+    problem = f"Could not change the backing file to '{name}'"
+    if not node.top.can("set_backing"):
+        raise ConfigError(f"{problem}: Operation not supported by {node.format}")
+    if reference is not None and reference.format is None and node.top.declares_backing_format:
+        raise ConfigError(f"{problem}: backing format must be specified (-F)")
+
+
+async def _rebase(
+    spec: ImageSpec, roots: ImageRoots, reference: BackingReference | None, source_cache: str, *, progress: bool
+) -> None:
+    async with AsyncExitStack() as nodes:
+        node = await open_image(spec, roots)
+        nodes.push_async_callback(node.close)
+        _check(node, reference)
+        base = None
+        if reference is not None:
+            below = ImageSpec(
+                full_name(spec.path, reference.name),
+                reference.format,
+                read_only=True,
+                cache=source_cache,
+                secret=spec.secret,
+            )
+            base = await open_image(below, roots)
+            nodes.push_async_callback(base.close)
+            if reference.format is None:
+                reference = BackingReference(reference.name, base.format)
+        await run_shown(Rebase("rebase", node, base, reference), progress=progress)

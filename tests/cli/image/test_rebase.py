@@ -1,0 +1,115 @@
+"""``image rebase`` beside ``qemu-img rebase``."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.cli.image.helpers import image, qemu_img
+from tests.support import images
+from tests.support.images import needs_qemu
+
+pytestmark = needs_qemu
+
+SIZE = 2 << 20
+
+
+def _bases(folder: Path, old: str, new: str, top: str, new_size: int) -> tuple[Path, Path, Path]:
+    folder.mkdir()
+    rng = random.Random(f"{old} {new}")
+    paths = folder / f"old.{old}", folder / f"new.{new}", folder / f"top.{top}"
+    same = [f"write -P 5 {64 * n}k 64k" for n in range(4)]
+    for path, size in zip(paths, (SIZE, new_size, SIZE), strict=True):
+        fmt = path.suffix[1:]
+        images.create(path, size, fmt=fmt, backing=(paths[0].name, old) if path is paths[2] else None)
+        own = [
+            f"write -P {rng.randrange(1, 255)} {rng.randrange(0, size - (1 << 18), 512)} {rng.randrange(1, 512) * 512}"
+            for _ in range(4)
+        ]
+        images.qemu_io(path, fmt, (own if path is paths[2] else same) + own)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "top", "size"),
+    [
+        ("raw", "raw", "qcow2", SIZE),
+        ("qcow2", "raw", "qcow2", SIZE // 2),
+        ("raw", "qcow2", "qcow2", 2 * SIZE),
+        ("qcow2", "qed", "qed", SIZE // 2 + 512),
+        ("vdi", "vmdk", "qcow2", SIZE),
+    ],
+)
+def test_the_disk_stays_and_the_header_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, top: str, size: int
+) -> None:
+    _, base, ours = _bases(tmp_path / "ours", old, new, top, size)
+    before = images.raw_content(ours, top, tmp_path) if top != "qed" else None
+    shutil.copytree(tmp_path / "ours", tmp_path / "theirs")
+    theirs = tmp_path / "theirs" / ours.name
+    name = str(ours)
+    if top == "qed":
+        name = f'json:{{"driver":"qed","file.filename":"{ours}","backing.driver":"{old}"}}'
+    assert qemu_img("rebase", "-b", base.name, "-F", new, theirs).code == 0
+    result = image(monkeypatch, "rebase", "-p", "-b", base.name, "-F", new, name)
+    assert (result.code, result.out.rpartition("\r")[2]) == (0, "\n"), result.err
+    (ours.parent / f"old.{old}").unlink()
+    if before is not None:
+        assert images.raw_content(ours, top, tmp_path) == before
+    assert qemu_img("compare", "-f", top, "-F", top, ours, theirs).code == 0
+    images.check(ours, top)
+    found, wanted = (images.info(path, top) for path in (ours, theirs))
+    for key in ("backing-filename", "backing-filename-format", "format-specific"):
+        assert found.get(key) == wanted.get(key)
+    assert ours.stat().st_blocks <= 2 * theirs.stat().st_blocks, "what both have alike is not copied"
+
+
+@pytest.mark.parametrize("top", ["qcow2", "qed"])
+def test_no_backing_file_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top: str) -> None:
+    old, _, path = _bases(tmp_path / "images", "raw", "raw", top, SIZE)
+    before = images.raw_content(path, top, tmp_path)
+    assert image(monkeypatch, "rebase", "-b", "", path).code == 0
+    old.unlink()
+    assert images.raw_content(path, top, tmp_path) == before
+    assert "backing-filename" not in images.info(path, top)
+    images.check(path, top)
+
+
+def test_the_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "top.qcow2"
+    images.create(tmp_path / "base.raw", SIZE, fmt="raw")
+    images.create(path, SIZE, backing=("base.raw", "raw"))
+    assert image(monkeypatch, "rebase", "-u", "-b", "gone.qed", "-F", "qed", path).code == 0
+    found = images.info(path)
+    assert (found["backing-filename"], found["backing-filename-format"]) == ("gone.qed", "qed")
+    failed = image(monkeypatch, "rebase", "-b", "base.raw", "-F", "raw", path)
+    assert failed.code == 1
+    assert "gone.qed" in failed.err
+    assert image(monkeypatch, "rebase", "-u", "-b", "", path).code == 0
+    assert "backing-filename" not in images.info(path)
+
+
+def test_refusals_are_qemu_imgs_and_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, path = tmp_path / "base.raw", tmp_path / "top.qcow2"
+    images.create(base, SIZE, fmt="raw")
+    images.create(path, SIZE, backing=("base.raw", "raw"))
+    before = path.read_bytes()
+    for arguments in (
+        [path],
+        ["-b", "base.raw", path],
+        ["-u", "-b", "base.raw", path],
+        ["-b", "base.raw", "-F", "nosuch", path],
+        ["-b", "missing.raw", "-F", "raw", path],
+        ["-f", "raw", "-u", "-b", "base.raw", "-F", "raw", base],
+        ["-b", "top.qcow2", "-F", "qcow2", path],
+    ):
+        ours, theirs = image(monkeypatch, "rebase", *arguments), qemu_img("rebase", *arguments)
+        assert ours.code == theirs.code == 1, (arguments, ours)
+        first = theirs.err.removeprefix("qemu-img: ").splitlines()[0]
+        if "Could not open" not in first and "lock" not in first:
+            assert first.rpartition(": ")[2].rstrip(".") in ours.err, arguments
+        assert "Traceback" not in ours.err
+    assert path.read_bytes() == before
