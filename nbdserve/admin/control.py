@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from nbdserve.admin.command import Commands
 from nbdserve.admin.events import RESUME, SHUTDOWN, STOP, Events, Shutdown
 from nbdserve.admin.exports import ExportControl, ExportEntry
+from nbdserve.admin.job_control import JobControl
 from nbdserve.admin.nodes import NodeEntry, NodeTable
 from nbdserve.admin.objects import ObjectTable
 from nbdserve.admin.opening import Opener
@@ -58,11 +60,13 @@ class Control:
     """What the properties of a ``secret`` object describe; ConfigError. It may block."""
 
     def __post_init__(self) -> None:
+        self.started = time.monotonic()
         self.events = Events()
         self.nodes = NodeTable()
         self.paths = PathPolicy()
         self.objects = ObjectTable()
         self.exports = ExportControl(self.server, self.events)
+        self.jobs = JobControl(self.events)
         self.opener = Opener(self.nodes, self.paths, self.objects.secrets)
         self.quiesced: AsyncExitStack | None = None
         """While ``stop`` holds all requests back."""
@@ -108,9 +112,11 @@ class Control:
         self.stop()
 
     async def begin_end(self) -> None:
-        """The server ends: nothing is held back any more, and nobody new is accepted on sockets of commands."""
+        """The server ends: nothing is held back any more, jobs are cancelled, and nobody new is
+        accepted on sockets of commands."""
         await self.resume()
         self.exports.close_listeners()
+        await self.jobs.jobs.close()
 
     def announce_end(self) -> None:
         """Tell every client that the server ends, and why."""

@@ -9,6 +9,7 @@ from pydantic import ConfigDict
 
 from nbdserve.admin.nodes import NodeEntry, NodeTable
 from nbdserve.admin.schema import Result, qmp_name
+from nbdserve.bitmaps.bitmap import DirtyBitmap
 from nbdserve.block.description import image_info
 from nbdserve.formats.base import FormatDriver
 from nbdserve.storage.base import Storage
@@ -86,6 +87,19 @@ def device_info(entry: NodeEntry, bitmaps: Iterable[DirtyInfo] = (), *, flat: bo
     info.detect_zeroes = entry.node.detect_zeroes
     info.dirty_bitmaps = list(bitmaps) or None
     return info
+
+
+def dirty_info(bitmap: DirtyBitmap) -> DirtyInfo:
+    """A bitmap."""
+    return DirtyInfo(
+        name=bitmap.name,
+        count=bitmap.count(),
+        granularity=bitmap.granularity,
+        recording=bitmap.recording,
+        busy=bitmap.busy,
+        persistent=bitmap.persistent,
+        inconsistent=bitmap.inconsistent or None,
+    )
 
 
 def part_infos(nodes: NodeTable, entry: NodeEntry, *, flat: bool = False) -> list[BlockDeviceInfo]:

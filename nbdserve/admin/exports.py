@@ -103,6 +103,14 @@ class ExportControl:
         self.server.exports.add(export)
         self.adopt(ExportEntry(identity, export, entry))
 
+    def move(self, old: NodeEntry, new: NodeEntry) -> None:
+        """The exports of ``old`` are those of ``new``, which has its node now."""
+        for export in self:
+            if export.entry is old:
+                old.users.remove(export.label)
+                new.users.append(export.label)
+                export.entry = new
+
     def get(self, identity: str) -> ExportEntry:
         """QmpError when there is none."""
         export = self._exports.get(identity)

@@ -19,6 +19,7 @@ _MODULES: Final = {
     "serve": "nbdserve.cli.serve",
     "demo": "nbdserve.cli.demo",
     "image": "nbdserve.cli.image",
+    "admin": "nbdserve.cli.admin.group",
 }
 """Command -> the module whose ``app`` it is. A server needs none of what ``image`` imports, and the other way round."""
 

@@ -164,6 +164,10 @@ class Server:
                 log.info("%s: dropped: it holds memory that other clients wait for", connection.peer)
                 connection.abort()
 
+    def clients(self) -> list[tuple[str, str]]:
+        """Those in transmission: the peer, and the name of its export."""
+        return [(each.peer, each.session.export.name) for each in self._clients if each.session is not None]
+
     def entered(self, connection: Connection) -> None:
         """``connection`` has entered transmission."""
         timer = self._negotiating.pop(connection, None)

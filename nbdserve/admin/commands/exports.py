@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal, TypeAlias
 
-from pydantic import Tag
+from pydantic import Field, Tag
 
 from nbdserve.admin.command import Command
+from nbdserve.admin.commands.bitmaps import BitmapOrName
 from nbdserve.admin.control import Control
 from nbdserve.admin.errors import QmpError
+from nbdserve.admin.nodes import NodeEntry
 from nbdserve.admin.schema import Arguments, Nothing, Result, Uint32, union
+from nbdserve.bitmaps.bitmap import DirtyBitmap
 from nbdserve.exports.export import Export
 from nbdserve.server.addresses import Address, TcpAddress, parse_port, unix_address
 
@@ -66,6 +69,7 @@ class ExportOptions(Arguments):
     writable: bool = False
     name: str | None = None
     description: str = ""
+    bitmaps: list[BitmapOrName] = Field(default=[])
     allocation_depth: bool = False
 
 
@@ -138,8 +142,18 @@ async def block_export_add(control: Control, arguments: ExportOptions) -> None:
         description=arguments.description,
         read_only=not arguments.writable,
         allocation_depth=arguments.allocation_depth,
+        bitmaps=[_bitmap(control, entry, given) for given in arguments.bitmaps],
     )
     control.exports.add(arguments.id, entry, export)
+
+
+def _bitmap(control: Control, entry: NodeEntry, given: BitmapOrName) -> DirtyBitmap:
+    """One of the node's bitmaps, or of another's. It stays usable: clients see it as it is when they ask."""
+    name = given if isinstance(given, str) else given.name
+    bitmap = (entry if isinstance(given, str) else control.nodes.either(given.node)).node.bitmaps.find(name)
+    if bitmap is None:
+        raise QmpError(f"Bitmap '{name}' is not found")
+    return bitmap
 
 
 async def block_export_del(control: Control, arguments: ExportRemove) -> None:

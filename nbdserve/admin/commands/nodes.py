@@ -7,7 +7,7 @@ from typing import Final
 from nbdserve.admin.blockdev import BlockdevOptions
 from nbdserve.admin.command import Command
 from nbdserve.admin.control import Control
-from nbdserve.admin.describe import BlockDeviceInfo, BlockInfo, device_info, part_infos
+from nbdserve.admin.describe import BlockDeviceInfo, BlockInfo, device_info, dirty_info, part_infos
 from nbdserve.admin.errors import QmpError
 from nbdserve.admin.nodes import NodeEntry
 from nbdserve.admin.schema import Arguments, Int, Nothing
@@ -60,7 +60,7 @@ async def query_named_block_nodes(control: Control, arguments: Flat) -> list[Blo
 
 def described(control: Control, entry: NodeEntry, *, flat: bool = False) -> BlockDeviceInfo:
     """One node."""
-    return device_info(entry, flat=flat)
+    return device_info(entry, map(dirty_info, entry.node.bitmaps), flat=flat)
 
 
 async def block_resize(control: Control, arguments: Resize) -> None:

@@ -11,6 +11,7 @@ from nbdserve.admin.control import Control, VersionInfo
 from nbdserve.admin.errors import QmpError
 from nbdserve.admin.events import EVENTS
 from nbdserve.admin.introspection import schema_of
+from nbdserve.admin.job_control import JOB_EVENTS
 from nbdserve.admin.schema import Arguments, Nothing, Result
 
 
@@ -66,7 +67,7 @@ async def query_commands(control: Control, arguments: Nothing) -> list[CommandIn
 
 async def query_qmp_schema(control: Control, arguments: Nothing) -> list[dict[str, Any]]:
     """The types of all commands and events."""
-    return schema_of(control.commands, EVENTS)
+    return schema_of(control.commands, (*EVENTS, *JOB_EVENTS))
 
 
 async def query_command_line_options(control: Control, arguments: CommandLineOptions) -> list[CommandLineOption]:

@@ -6,35 +6,36 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.admin.clients import RawClient, needs_daemon, storage_daemon
 from tests.admin.images import make_images, needs_images
-from tests.admin.qemu_answers import COMMANDS
+from tests.admin.qemu_answers import COMMANDS, JOB_COMMANDS
 
 
-def answers_of(client: RawClient, directory: Path) -> list[Any]:
-    answers = []
-    for name, arguments, _ in COMMANDS:
+def check(client: RawClient, directory: Path, rows: list[tuple[str, dict[str, Any], str | None]]) -> None:
+    for name, arguments, expected in rows:
         request = json.dumps({"execute": name, "arguments": arguments}).replace("{D}", str(directory))
         message = client.ask(request.encode())
-        answers.append(message["error"]["desc"].replace(str(directory), "{D}") if "error" in message else None)
-    return answers
-
-
-def compare(answers: list[Any]) -> None:
-    for (name, arguments, expected), answer in zip(COMMANDS, answers, strict=True):
+        answer = message["error"]["desc"].replace(str(directory), "{D}") if "error" in message else None
         assert answer == expected, (name, arguments)
 
 
+both = pytest.mark.parametrize("rows", [COMMANDS, JOB_COMMANDS], ids=["nodes", "jobs"])
+
+
 @needs_images
-def test_what_is_answered_here(client: RawClient, images: Path) -> None:
-    compare(answers_of(client, images))
+@both
+def test_what_is_answered_here(client: RawClient, images: Path, rows: Any) -> None:
+    check(client, images, rows)
 
 
 @needs_images
 @needs_daemon
-def test_the_table_is_what_qemu_answers(tmp_path: Path) -> None:
+@both
+def test_the_table_is_what_qemu_answers(tmp_path: Path, rows: Any) -> None:
     make_images(tmp_path)
     with storage_daemon(tmp_path) as path:
         client = RawClient(path).negotiate()
-        compare(answers_of(client, tmp_path))
+        check(client, tmp_path, rows)
         client.close()

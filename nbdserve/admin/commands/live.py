@@ -1,0 +1,212 @@
+"""Jobs on the layers of a disk that is in use: commit, stream, mirror."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, TypeAlias
+
+from nbdserve.admin.command import Command
+from nbdserve.admin.control import Control
+from nbdserve.admin.errors import DEVICE_NOT_FOUND, QmpError
+from nbdserve.admin.nodes import WELL_FORMED, NodeEntry
+from nbdserve.admin.schema import Arguments, Int, Uint32
+from nbdserve.formats.base import BackingReference
+from nbdserve.jobs.commit import ActiveCommit, Commit
+from nbdserve.jobs.job import Job
+from nbdserve.jobs.live_copy import GRANULARITY
+from nbdserve.jobs.mirror import Mirror
+from nbdserve.jobs.stream import Stream
+from nbdserve.units import is_power_of_two
+
+OnError: TypeAlias = Literal["report", "ignore", "enospc", "stop", "auto"]
+_COMMON = {"speed", "auto_finalize", "auto_dismiss"}
+
+
+class Mirroring(Arguments):
+    """Of ``blockdev-mirror``."""
+
+    job_id: str | None = None
+    device: str
+    target: str
+    sync: Literal["top", "full", "none"]
+    speed: Int = 0
+    granularity: Uint32 = GRANULARITY
+    on_source_error: OnError = "report"
+    on_target_error: OnError = "report"
+    filter_node_name: str | None = None
+    copy_mode: Literal["background"] = "background"
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+
+class Committing(Arguments):
+    """Of ``block-commit``."""
+
+    job_id: str | None = None
+    device: str
+    base_node: str | None = None
+    base: str | None = None
+    top_node: str | None = None
+    top: str | None = None
+    backing_file: str | None = None
+    speed: Int = 0
+    on_error: OnError = "report"
+    filter_node_name: str | None = None
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+
+class Streaming(Arguments):
+    """Of ``block-stream``."""
+
+    job_id: str | None = None
+    device: str
+    base: str | None = None
+    base_node: str | None = None
+    backing_file: str | None = None
+    bottom: str | None = None
+    speed: Int = 0
+    on_error: OnError = "report"
+    filter_node_name: str | None = None
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+
+async def blockdev_mirror(control: Control, arguments: Mirroring) -> None:
+    """Copy a disk to another node, and keep that equal; ``complete`` puts it in the place of the disk."""
+    entry, target = control.nodes.either(arguments.device), control.nodes.either(arguments.target)
+    if entry is target:
+        raise QmpError("Can't mirror node into itself")
+    if not (512 <= arguments.granularity <= 64 << 20 and is_power_of_two(arguments.granularity)):
+        raise QmpError("Parameter 'granularity' expects a value in range [512B, 64MB]")
+    control.jobs.check_free(target)
+    if target.users:
+        raise QmpError(f"Node '{target.name}' is in use by {target.users[0]}")
+    if target.node.read_only:
+        raise QmpError(f"Block node is read-only: '{target.name}' cannot be written")
+    job = Mirror(
+        _identity(control, arguments, entry),
+        entry.node,
+        target.node,
+        sync=arguments.sync,
+        granularity=arguments.granularity,
+        on_source_error=arguments.on_source_error,
+        on_target_error=arguments.on_target_error,
+        owns_target=False,
+        **_options(arguments),
+    )
+    control.jobs.add(job, entry, target, succeeded=lambda: _swapped(control, job, entry, target))
+    job.start()
+
+
+def _swapped(control: Control, job: Mirror, entry: NodeEntry, target: NodeEntry) -> None:
+    """After ``complete`` the clients' node has the layers of the target: it has the target's name from then on."""
+    if job.complete_requested:
+        entry.node, target.node = target.node, entry.node
+        entry.permanent, target.permanent = target.permanent, entry.permanent
+        control.exports.move(entry, target)
+
+
+async def block_commit(control: Control, arguments: Committing) -> None:
+    """Write what upper layers hold into one below them."""
+    entry = control.nodes.find(arguments.device)
+    if entry is None:
+        raise QmpError(f"Device '{arguments.device}' not found", DEVICE_NOT_FOUND)
+    layers = entry.node.layers
+    if len(layers) < 2:
+        raise QmpError("cannot commit an image into itself")
+    top = _layer(control, entry, arguments.top_node, arguments.top, "top", 0)
+    base = _layer(control, entry, arguments.base_node, arguments.base, "base", len(layers) - 1)
+    if base <= top:
+        raise QmpError("'top' and 'base' are not in the order of the chain")
+    identity = _identity(control, arguments, entry)
+    job: Job
+    if top == 0:
+        if arguments.backing_file is not None:
+            raise QmpError("Cannot specify 'backing-file' when the active layer is the top")
+        errors = {"on_source_error": arguments.on_error, "on_target_error": arguments.on_error}
+        job = ActiveCommit(identity, entry.node, base, **errors, **_options(arguments))
+    else:
+        backing = _reference(arguments.backing_file, layers[base].name)
+        job = Commit(
+            identity, entry.node, top, base, backing=backing, on_error=arguments.on_error, **_options(arguments)
+        )
+    begin(control, job, entry)
+
+
+async def block_stream(control: Control, arguments: Streaming) -> None:
+    """Copy what lower layers hold into the top one, which then does without them."""
+    entry = control.nodes.either(arguments.device)
+    layers = entry.node.layers
+    if arguments.bottom is not None and (arguments.base is not None or arguments.base_node is not None):
+        raise QmpError("'bottom' cannot be specified together with 'base' or 'base-node'")
+    if arguments.bottom is not None:
+        base = _layer(control, entry, arguments.bottom, None, "bottom", 0) + 1
+    else:
+        base = _layer(control, entry, arguments.base_node, arguments.base, "base", len(layers))
+    if base == 0:
+        raise QmpError("the base of a stream must be below the top layer")
+    if base == len(layers) and arguments.backing_file is not None:
+        raise QmpError("backing file specified, but streaming the entire chain")
+    backing = None if base == len(layers) else _reference(arguments.backing_file, layers[base].name)
+    job = Stream(
+        _identity(control, arguments, entry),
+        entry.node,
+        base if base < len(layers) else None,
+        backing=backing,
+        on_error=arguments.on_error,
+        **_options(arguments),
+    )
+    begin(control, job, entry)
+
+
+def begin(control: Control, job: Job, *uses: NodeEntry) -> None:
+    """Start a job that uses the nodes."""
+    control.jobs.add(job, *uses)
+    job.start()
+
+
+def _identity(control: Control, arguments: Any, entry: NodeEntry) -> str:
+    """The id of the job; without one it is that of the device, of which a node is none."""
+    identity: str | None = arguments.job_id
+    if identity is None or not WELL_FORMED.fullmatch(identity):
+        raise QmpError(f"Invalid job ID '{identity or ''}'")
+    control.jobs.check_free(entry)
+    return identity
+
+
+def _options(arguments: Arguments) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in _COMMON}
+
+
+def _layer(control: Control, entry: NodeEntry, node_name: str | None, path: str | None, what: str, default: int) -> int:
+    """The layer of the chain that is meant by its node's name, or by its file."""
+    if node_name is not None and path is not None:
+        raise QmpError(f"'{what}' and '{what}-node' cannot be specified at the same time")
+    if node_name is not None:
+        found, index = control.nodes.layer(node_name)
+        if found is not entry:
+            raise QmpError(f"'{node_name}' is not in this backing file chain")
+        return index
+    if path is not None:
+        for index, layer in enumerate(entry.node.layers):
+            if path in (layer.path, None if index == 0 else _named(entry, index)):
+                return index
+        raise QmpError(f"Can't find '{path}' in the backing chain")
+    return default
+
+
+def _named(entry: NodeEntry, index: int) -> str | None:
+    """How the layer above names layer ``index``."""
+    backing = entry.node.layers[index - 1].backing
+    return None if backing is None else backing.name
+
+
+def _reference(name: str | None, format_name: str) -> BackingReference | None:
+    return None if name is None else BackingReference(name, format_name)
+
+
+COMMANDS: Final = (
+    Command("blockdev-mirror", blockdev_mirror, Mirroring),
+    Command("block-commit", block_commit, Committing),
+    Command("block-stream", block_stream, Streaming),
+)

@@ -1,0 +1,96 @@
+"""``transaction``: several actions, all or none, at one moment."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal, TypeAlias
+
+from pydantic import Tag
+
+from nbdserve.admin.command import Command
+from nbdserve.admin.commands import bitmaps
+from nbdserve.admin.control import Control
+from nbdserve.admin.schema import Arguments, Nothing, union
+from nbdserve.admin.transaction import Abort, Action, execute
+
+
+class AbortAction(Arguments):
+    """Fails."""
+
+    type: Literal["abort"]
+    data: Nothing
+
+
+class AddAction(Arguments):
+    """``block-dirty-bitmap-add``."""
+
+    type: Literal["block-dirty-bitmap-add"]
+    data: bitmaps.BitmapAdd
+
+
+class BitmapAction(Arguments):
+    """An action on one bitmap."""
+
+    type: Literal[
+        "block-dirty-bitmap-clear",
+        "block-dirty-bitmap-disable",
+        "block-dirty-bitmap-enable",
+        "block-dirty-bitmap-remove",
+    ]
+    data: bitmaps.BitmapName
+
+
+class MergeAction(Arguments):
+    """``block-dirty-bitmap-merge``."""
+
+    type: Literal["block-dirty-bitmap-merge"]
+    data: bitmaps.BitmapMerge
+
+
+TransactionAction: TypeAlias = Annotated[
+    Annotated[AbortAction, Tag("=abort")]
+    | Annotated[AddAction, Tag("=block-dirty-bitmap-add")]
+    | Annotated[BitmapAction, Tag("=block-dirty-bitmap-clear")]
+    | Annotated[BitmapAction, Tag("=block-dirty-bitmap-disable")]
+    | Annotated[BitmapAction, Tag("=block-dirty-bitmap-enable")]
+    | Annotated[BitmapAction, Tag("=block-dirty-bitmap-remove")]
+    | Annotated[MergeAction, Tag("=block-dirty-bitmap-merge")],
+    union("type"),
+]
+
+
+class Properties(Arguments):
+    """TransactionProperties: whether jobs end each by itself, or all or none of them well."""
+
+    completion_mode: Literal["individual", "grouped"] = "individual"
+
+
+class TransactionOptions(Arguments):
+    """Of ``transaction``."""
+
+    actions: list[TransactionAction]
+    properties: Properties | None = None
+
+
+_BITMAP_ACTIONS: Final[dict[str, Any]] = {
+    "block-dirty-bitmap-add": bitmaps.Add,
+    "block-dirty-bitmap-clear": bitmaps.Clear,
+    "block-dirty-bitmap-disable": bitmaps.Disable,
+    "block-dirty-bitmap-enable": bitmaps.Enable,
+    "block-dirty-bitmap-merge": bitmaps.Merge,
+    "block-dirty-bitmap-remove": bitmaps.Remove,
+}
+
+
+async def transaction(control: Control, arguments: TransactionOptions) -> None:
+    """All of the actions, or none; the requests of their disks are held back meanwhile."""
+    await execute([_action(control, given) for given in arguments.actions])
+
+
+def _action(control: Control, given: TransactionAction) -> Action:
+    if isinstance(given, AbortAction):
+        return Abort()
+    action: Action = _BITMAP_ACTIONS[given.type](control, given.data)
+    return action
+
+
+COMMANDS: Final = (Command("transaction", transaction, TransactionOptions),)

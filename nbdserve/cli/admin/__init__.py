@@ -1,0 +1,1 @@
+"""``nbdserve admin``: the verbs of the admin socket, for people."""

@@ -1,0 +1,93 @@
+from pathlib import Path
+from typing import Any
+
+from tests.admin.clients import RawClient
+from tests.admin.commands.test_jobs import wait_for
+from tests.admin.commands.test_nodes import add, nodes
+from tests.admin.images import needs_images
+from tests.cli.processes import output
+
+pytestmark = needs_images
+
+
+def finish(client: RawClient, identity: str) -> Any:
+    """Dismiss the job once it is over; its error."""
+    job = wait_for(client, identity, "concluded")
+    assert client.execute("job-dismiss", id=identity) == {}
+    return job.get("error")
+
+
+def prepare(client: RawClient, images: Path) -> str:
+    """``o`` over ``a``, which holds the letter a; the name of the node below ``o``."""
+    output("qemu-io", "-c", "write -P 97 0 64k", images / "a.qcow2")
+    output("qemu-io", "-c", "write -P 111 64k 64k", images / "o.qcow2")
+    assert add(client, "qcow2", images / "o.qcow2", "o") == {}
+    return next(name for name, info in nodes(client).items() if name.startswith("#") and info["drv"] == "qcow2")
+
+
+def pattern(path: Path, letter: int, offset: str) -> None:
+    assert "verification failed" not in output("qemu-io", "-r", "-c", f"read -P {letter} {offset} 64k", path)
+
+
+def test_commit_of_the_active_layer(client: RawClient, images: Path) -> None:
+    below = prepare(client, images)
+    done = client.execute("block-commit", job_id="c", device="o", base_node=below, auto_dismiss=False)
+    assert done == {}
+    wait_for(client, "c", "ready")
+    assert client.execute("job-complete", id="c") == {}
+    assert finish(client, "c") is None
+    assert nodes(client)["o"]["file"] == str(images / "a.qcow2")
+    assert client.execute("blockdev-del", node_name="o") == {}
+    pattern(images / "a.qcow2", 97, "0")
+    pattern(images / "a.qcow2", 111, "64k")
+
+
+def test_stream(client: RawClient, images: Path) -> None:
+    prepare(client, images)
+    assert client.execute("block-stream", job_id="s", device="o", auto_dismiss=False) == {}
+    assert finish(client, "s") is None
+    assert nodes(client)["o"]["backing_file_depth"] == 0
+    assert client.execute("blockdev-del", node_name="o") == {}
+    (images / "a.qcow2").unlink()
+    pattern(images / "o.qcow2", 97, "0")
+    pattern(images / "o.qcow2", 111, "64k")
+
+
+def test_a_mirror_takes_the_place_of_the_disk(client: RawClient, images: Path, tmp_path: Path) -> None:
+    prepare(client, images)
+    output("qemu-img", "create", "-q", "-f", "qcow2", images / "m.qcow2", "1M")
+    assert add(client, "qcow2", images / "m.qcow2", "m") == {}
+    unix = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
+    assert client.execute("nbd-server-start", addr=unix) == {}
+    assert client.execute("block-export-add", type="nbd", id="e", node_name="o", writable=True) == {}
+    started = client.execute("blockdev-mirror", job_id="j", device="o", target="m", sync="full", auto_dismiss=False)
+    assert started == {}
+    wait_for(client, "j", "ready")
+    assert client.execute("job-complete", id="j") == {}
+    assert finish(client, "j") is None
+    (export,) = client.execute("query-block-exports")
+    assert export["node-name"] == "m"
+    assert client.execute("blockdev-del", node_name="o") == {}
+    assert client.execute("blockdev-del", node_name="m") == "Node m is in use"
+    output("qemu-io", "-f", "raw", "-c", "write -P 120 128k 64k", f"nbd+unix:///o?socket={tmp_path}/nbd")
+    assert client.execute("nbd-server-stop") == {}
+    assert client.execute("blockdev-del", node_name="m") == {}
+    for letter, offset in ((97, "0"), (111, "64k"), (120, "128k")):
+        pattern(images / "m.qcow2", letter, offset)
+
+
+def test_what_is_refused(client: RawClient, images: Path) -> None:
+    below = prepare(client, images)
+    assert add(client, "raw", images / "b.raw", "r", read_only=True) == {}
+    refused = client.execute("blockdev-mirror", job_id="j", device="o", target="r", sync="full")
+    assert refused == "Block node is read-only: 'r' cannot be written"
+    both = client.execute("block-stream", job_id="s", device="o", bottom="o", base_node=below)
+    assert both == "'bottom' cannot be specified together with 'base' or 'base-node'"
+    wrong = client.execute("block-commit", job_id="c", device="o", top_node=below, base_node="o")
+    assert wrong == "'top' and 'base' are not in the order of the chain"
+    active = client.execute("block-commit", job_id="c", device="o", backing_file="x")
+    assert active == "Cannot specify 'backing-file' when the active layer is the top"
+    entire = client.execute("block-stream", job_id="s", device="o", backing_file="x")
+    assert entire == "backing file specified, but streaming the entire chain"
+    assert client.execute("block-stream", job_id="s", device="o", base_node="o").startswith("the base of a stream")
+    assert client.execute("query-jobs") == []
