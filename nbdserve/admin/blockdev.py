@@ -78,6 +78,35 @@ class NbdOptions(NodeOptions):
     open_timeout: Uint32 = 0
 
 
+class BitmapName(Arguments):
+    """A dirty bitmap of a node."""
+
+    node: str
+    name: str
+
+
+class CopyBeforeWriteOptions(NodeOptions):
+    """The disk of ``file``; before it changes, what was there is copied to ``target``.
+
+    The whole disk is kept, whatever ``bitmap`` says, and what has changed since counts as dirty in bitmaps that are
+    made or cleared after: a change between this and a backup is not lost.
+    """
+
+    driver: Literal["copy-before-write"]
+    file: str
+    target: str
+    bitmap: BitmapName | None = None
+    on_cbw_error: Literal["break-guest-write", "break-snapshot"] = "break-guest-write"
+    cbw_timeout: Uint32 = 0
+
+
+class SnapshotAccessOptions(NodeOptions):
+    """The disk as it was when the ``copy-before-write`` node ``file`` was made."""
+
+    driver: Literal["snapshot-access"]
+    file: str
+
+
 class RawOptions(NodeOptions):
     """The bytes of ``file``, or a window of them."""
 
@@ -119,6 +148,8 @@ BlockdevOptions: TypeAlias = Annotated[
     | Annotated[FileOptions, Tag("=host_device")]
     | Annotated[NullOptions, Tag("=null-co")]
     | Annotated[NbdOptions, Tag("=nbd")]
+    | Annotated[CopyBeforeWriteOptions, Tag("=copy-before-write")]
+    | Annotated[SnapshotAccessOptions, Tag("=snapshot-access")]
     | Annotated[RawOptions, Tag("=raw")]
     | Annotated[LuksOptions, Tag("=luks")]
     | Annotated[ImageOptions, Tag("=bochs")]

@@ -14,6 +14,7 @@ from typing import Final
 from weakref import WeakKeyDictionary
 
 from nbdserve.admin.errors import QmpError
+from nbdserve.admin.moments import Moment
 from nbdserve.block.node import Node
 from nbdserve.formats.base import FormatDriver
 from nbdserve.storage.base import Storage
@@ -40,6 +41,8 @@ class NodeEntry:
     """Names given to layers and files that have no entry of their own."""
     is_filter: bool = False
     """It shows the disk of its first child."""
+    moment: Moment | None = None
+    """What a ``copy-before-write`` node keeps; its node is that of the disk, which is not its own to close."""
     permanent: bool = False
     """Opened at the start: not to be deleted."""
 
@@ -52,7 +55,10 @@ class NodeEntry:
         """Close what it has opened, and let go of its children."""
         for child in self.children:
             child.users.remove(self.label)
-        await self.node.close()
+        if self.moment is None:
+            await self.node.close()
+        else:
+            self.moment.close()
 
 
 class NodeTable:
@@ -104,10 +110,14 @@ class NodeTable:
 
     def get(self, name: str | None = None, device: str | None = None) -> NodeEntry:
         """The node meant by ``node-name`` or ``device``; QmpError when there is none."""
-        entry = self._entries.get((name if name is not None else device) or "")
+        wanted = (name if name is not None else device) or ""
+        entry = self._entries.get(wanted) or self._by_top_layer(wanted)
         if entry is not None:
             return entry
         raise QmpError(f"Cannot find device='{device or ''}' nor node-name='{name or ''}'")
+
+    def _by_top_layer(self, name: str) -> NodeEntry | None:
+        return next((each for each in self if each.inner_names.get(name) is each.node.top), None)
 
     def either(self, name: str) -> NodeEntry:
         """The node meant by a member that takes a device as well as a node."""
@@ -118,11 +128,23 @@ class NodeTable:
         direct = [other for other in self if other.is_filter and entry in other.children[:1]]
         return direct + [above for other in direct for above in self.filters_on(other)]
 
+    def name_part(self, entry: NodeEntry, name: str, part: FormatDriver | Storage) -> None:
+        """Give a layer or file of the chain a name that is free; that of the top layer means the node."""
+        self.check_name(name)
+        entry.inner_names[name] = part
+        self._made_up[part] = name
+
+    def moments_of(self, node: Node) -> list[Moment]:
+        """The moments of the disk that are kept."""
+        return [entry.moment for entry in self if entry.moment is not None and entry.node is node]
+
     def layer(self, name: str) -> tuple[NodeEntry, int]:
         """The chain and the index of the layer meant by ``name``."""
         for entry in self:
             if entry.name == name:
                 return entry, 0
+            if entry.is_filter:
+                continue
             for index, layer in enumerate(entry.node.layers):
                 if self.part_name(layer) == name:
                     return entry, index
@@ -137,8 +159,10 @@ class NodeTable:
 
     def parts(self, entry: NodeEntry) -> Iterator[tuple[str, FormatDriver | Storage]]:
         """The layers and files of a chain, with their names; the top layer is the node itself."""
+        if entry.is_filter:
+            return
         for index, layer in enumerate(entry.node.layers):
-            if index:
+            if index or self._made_up.get(layer) in entry.inner_names:
                 yield self.part_name(layer), layer
             if isinstance(layer.storage, FileStorage):
                 yield self.part_name(layer.storage), layer.storage

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from nbdserve.admin.blockdev import (
     BlockdevOptions,
+    CopyBeforeWriteOptions,
     FileOptions,
     ImageOptions,
     LuksOptions,
@@ -18,11 +19,14 @@ from nbdserve.admin.blockdev import (
     NodeOptions,
     NullOptions,
     RawOptions,
+    SnapshotAccessOptions,
     UnixServer,
 )
 from nbdserve.admin.errors import QmpError, description_of
+from nbdserve.admin.moments import Moment
 from nbdserve.admin.nodes import NodeEntry, NodeTable
 from nbdserve.admin.paths import PathPolicy
+from nbdserve.block.filters.snapshot_access import snapshot_access
 from nbdserve.block.graph import image_roots, open_image
 from nbdserve.block.node import Node
 from nbdserve.block.spec import BackingSpec, ImageSpec
@@ -50,6 +54,8 @@ class Opener:
         if name is None:
             raise QmpError("'node-name' must be specified for the root node")
         self.nodes.check_name(name)
+        if isinstance(options, CopyBeforeWriteOptions | SnapshotAccessOptions):
+            return await self._filter(name, options)
         made = _Making(self)
         try:
             async with AsyncExitStack() as opened:
@@ -65,6 +71,37 @@ class Opener:
         for child in entry.children:
             child.users.append(entry.label)
         return entry
+
+    async def _filter(self, name: str, options: CopyBeforeWriteOptions | SnapshotAccessOptions) -> NodeEntry:
+        below = self.nodes.either(options.file)
+        if isinstance(options, SnapshotAccessOptions):
+            if below.moment is None:
+                raise QmpError(f"Node '{below.name}' keeps no moment: give a 'copy-before-write' node")
+            node = snapshot_access(below.moment, below.node.path)
+            entry = NodeEntry(name, options.driver, node, children=[below], is_filter=True)
+        else:
+            entry = await self._keep(name, options, below)
+        self.nodes.add(entry)
+        for child in entry.children:
+            child.users.append(entry.label)
+        return entry
+
+    async def _keep(self, name: str, options: CopyBeforeWriteOptions, below: NodeEntry) -> NodeEntry:
+        target = self.nodes.either(options.target)
+        if target.users:
+            raise QmpError(f"Node '{target.name}' is in use by {target.users[0]}")
+        if target.node.read_only or target is below:
+            raise QmpError(f"Node '{target.name}' cannot be written")
+        if target.node.size != below.node.size:
+            raise QmpError("Source and target image have different sizes")
+        if options.bitmap is not None:
+            self.nodes.either(options.bitmap.node).node.bitmaps.get(options.bitmap.name)
+        async with below.node.drained():
+            breaks = options.on_cbw_error == "break-snapshot"
+            moment = Moment(below.node, target.node, breaks=breaks, timeout=options.cbw_timeout)
+        return NodeEntry(
+            name, options.driver, below.node, below.cache, children=[below, target], is_filter=True, moment=moment
+        )
 
 
 class _Making:
@@ -103,8 +140,8 @@ class _Making:
         if isinstance(options, NbdOptions):
             self._file_names.append(None)
             return _nbd(options, ImageSpec("", "raw", **generic))
-        if isinstance(options, NullOptions):
-            raise QmpError("driver 'null-co' holds no image")
+        if isinstance(options, NullOptions | CopyBeforeWriteOptions | SnapshotAccessOptions):
+            raise QmpError(f"driver '{options.driver}' holds no image")
         spec = await self._below(options.file, ImageSpec("", options.driver, **generic))
         if isinstance(options, RawOptions):
             return replace(spec, offset=options.offset or 0, size=options.size)
@@ -144,8 +181,8 @@ class _Making:
         if isinstance(given, NbdOptions):
             self._file_names.append(given.node_name)
             return _nbd(given, spec)
-        if isinstance(given, NullOptions):
-            raise QmpError("'file': driver 'null-co' holds no image")
+        if isinstance(given, NullOptions | CopyBeforeWriteOptions | SnapshotAccessOptions):
+            raise QmpError(f"'file': driver '{given.driver}' holds no image")
         assert isinstance(given, RawOptions | ImageOptions | LuksOptions)
         self._file_names.append(given.node_name)
         inner = _Making(self._opener)

@@ -78,7 +78,7 @@ class Backup(NodeJob):
             if self.node.size:
                 todo.set(0, self.node.size)
         else:
-            todo.merge(self._marked)
+            todo.absorb(self._marked)
         self._moment = CopyBeforeWrite(self.node, self._target, todo, on_error=self._break)
         self.node.watch(self._moment)
         super().start()

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Final, TypeAlias
 
 from pydantic import Tag
 
+from nbdserve.admin.blockdev import BitmapName
 from nbdserve.admin.command import Command
 from nbdserve.admin.control import Control
 from nbdserve.admin.errors import QmpError
@@ -27,13 +28,6 @@ class BitmapAdd(Arguments):
     granularity: Uint32 | None = None
     persistent: bool = False
     disabled: bool = False
-
-
-class BitmapName(Arguments):
-    """One bitmap."""
-
-    node: str
-    name: str
 
 
 BitmapOrName: TypeAlias = Annotated[
@@ -64,6 +58,14 @@ class _OnBitmaps(Action):
     def nodes(self) -> Sequence[Node]:
         return [self.entry.node]
 
+    def _note_since(self, bitmap: DirtyBitmap) -> None:
+        """A bitmap that begins now begins with the moments of the disk that are kept already.
+
+        A backup of such a moment does not have what has changed since, so the next one must.
+        """
+        for moment in self._control.nodes.moments_of(self.entry.node):
+            bitmap.absorb(moment.since)
+
 
 class Add(_OnBitmaps):
     """``block-dirty-bitmap-add``."""
@@ -80,6 +82,7 @@ class Add(_OnBitmaps):
             raise QmpError(f"Can't store persistent bitmaps to {entry.name}: Operation not supported")
         granularity = bitmaps.default_granularity if wanted.granularity is None else wanted.granularity
         self._added = bitmaps.add(wanted.name, granularity)
+        self._note_since(self._added)
         self._added.persistent, self._added.disabled = wanted.persistent, wanted.disabled
 
     async def abort(self) -> None:
@@ -115,6 +118,7 @@ class Clear(_OnBitmap):
     def act(self, bitmap: DirtyBitmap) -> None:
         bitmap.check_usable()
         self._before = bitmap.clear()
+        self._note_since(bitmap)
 
     async def abort(self) -> None:
         self.bitmap.restore(self._before)

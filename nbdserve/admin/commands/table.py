@@ -5,10 +5,34 @@ from __future__ import annotations
 from typing import Final
 
 from nbdserve.admin.command import Command
-from nbdserve.admin.commands import bitmaps, exports, jobs, live, nodes, objects, protocol, status, transaction, vm
+from nbdserve.admin.commands import (
+    backup,
+    bitmaps,
+    exports,
+    jobs,
+    live,
+    nodes,
+    objects,
+    protocol,
+    snapshots,
+    status,
+    transaction,
+    vm,
+)
 
-COMMANDS: Final[dict[str, Command]] = {
-    command.name: command
-    for module in (protocol, vm, objects, nodes, exports, bitmaps, jobs, live, transaction, status)
-    for command in module.COMMANDS
-}
+_MODULES: Final = (
+    protocol,
+    vm,
+    objects,
+    nodes,
+    exports,
+    bitmaps,
+    jobs,
+    live,
+    backup,
+    snapshots,
+    transaction,
+    status,
+)
+
+COMMANDS: Final[dict[str, Command]] = {command.name: command for module in _MODULES for command in module.COMMANDS}

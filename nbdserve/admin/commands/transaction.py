@@ -6,11 +6,14 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import Tag
 
+from nbdserve.admin.blockdev import BitmapName
 from nbdserve.admin.command import Command
 from nbdserve.admin.commands import bitmaps
+from nbdserve.admin.commands.backup import BackupAction, BackupOptions
 from nbdserve.admin.control import Control
 from nbdserve.admin.schema import Arguments, Nothing, union
 from nbdserve.admin.transaction import Abort, Action, execute
+from nbdserve.jobs.transaction import Transaction
 
 
 class AbortAction(Arguments):
@@ -36,7 +39,7 @@ class BitmapAction(Arguments):
         "block-dirty-bitmap-enable",
         "block-dirty-bitmap-remove",
     ]
-    data: bitmaps.BitmapName
+    data: BitmapName
 
 
 class MergeAction(Arguments):
@@ -46,6 +49,13 @@ class MergeAction(Arguments):
     data: bitmaps.BitmapMerge
 
 
+class StartBackup(Arguments):
+    """``blockdev-backup``."""
+
+    type: Literal["blockdev-backup"]
+    data: BackupOptions
+
+
 TransactionAction: TypeAlias = Annotated[
     Annotated[AbortAction, Tag("=abort")]
     | Annotated[AddAction, Tag("=block-dirty-bitmap-add")]
@@ -53,7 +63,8 @@ TransactionAction: TypeAlias = Annotated[
     | Annotated[BitmapAction, Tag("=block-dirty-bitmap-disable")]
     | Annotated[BitmapAction, Tag("=block-dirty-bitmap-enable")]
     | Annotated[BitmapAction, Tag("=block-dirty-bitmap-remove")]
-    | Annotated[MergeAction, Tag("=block-dirty-bitmap-merge")],
+    | Annotated[MergeAction, Tag("=block-dirty-bitmap-merge")]
+    | Annotated[StartBackup, Tag("=blockdev-backup")],
     union("type"),
 ]
 
@@ -83,12 +94,16 @@ _BITMAP_ACTIONS: Final[dict[str, Any]] = {
 
 async def transaction(control: Control, arguments: TransactionOptions) -> None:
     """All of the actions, or none; the requests of their disks are held back meanwhile."""
-    await execute([_action(control, given) for given in arguments.actions])
+    is_grouped = arguments.properties is not None and arguments.properties.completion_mode == "grouped"
+    group = Transaction() if is_grouped else None
+    await execute([_action(control, given, group) for given in arguments.actions])
 
 
-def _action(control: Control, given: TransactionAction) -> Action:
+def _action(control: Control, given: TransactionAction, group: Transaction | None) -> Action:
     if isinstance(given, AbortAction):
         return Abort()
+    if isinstance(given, StartBackup):
+        return BackupAction(control, given.data, group)
     action: Action = _BITMAP_ACTIONS[given.type](control, given.data)
     return action
 

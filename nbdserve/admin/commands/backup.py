@@ -1,0 +1,131 @@
+"""``blockdev-backup``: a disk as it is at one moment, copied to another node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Literal
+
+from nbdserve.admin.command import Command
+from nbdserve.admin.commands.live import OnError
+from nbdserve.admin.control import Control
+from nbdserve.admin.errors import QmpError
+from nbdserve.admin.nodes import WELL_FORMED, NodeEntry
+from nbdserve.admin.schema import Arguments, Int
+from nbdserve.admin.transaction import Action, execute
+from nbdserve.block.node import Node
+from nbdserve.block.window import map_node
+from nbdserve.extents import UNALLOCATED, ZERO
+from nbdserve.jobs.backup import Backup
+from nbdserve.jobs.bitmap_sync import BitmapSync, check_modes, find_bitmap
+from nbdserve.jobs.transaction import Transaction
+
+
+class BackupOptions(Arguments):
+    """Of ``blockdev-backup``. ``compress`` is accepted, and what is written is not compressed."""
+
+    job_id: str | None = None
+    device: str
+    target: str
+    sync: Literal["top", "full", "none", "incremental", "bitmap"]
+    speed: Int = 0
+    bitmap: str | None = None
+    bitmap_mode: Literal["on-success", "never", "always"] | None = None
+    compress: bool = False
+    on_source_error: OnError = "report"
+    on_target_error: OnError = "report"
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+    filter_node_name: str | None = None
+
+
+class BackupAction(Action):
+    """The moment is that of the transaction."""
+
+    def __init__(self, control: Control, arguments: BackupOptions, group: Transaction | None = None) -> None:
+        """``group``: of jobs of which all end well, or none."""
+        self._control = control
+        self._arguments = arguments
+        self._group = group
+        self._job: Backup | None = None
+
+    @property
+    def _source(self) -> NodeEntry:
+        return self._control.nodes.either(self._arguments.device)
+
+    def nodes(self) -> Sequence[Node]:
+        return [self._source.node]
+
+    async def prepare(self) -> None:
+        given, jobs = self._arguments, self._control.jobs
+        source, target = self._source, self._control.nodes.either(given.target)
+        if source is target:
+            raise QmpError("Source and target cannot be the same")
+        jobs.check_free(target)
+        if target.users:
+            raise QmpError(f"Node '{target.name}' is in use by {target.users[0]}")
+        if target.node.read_only:
+            raise QmpError(f"Block node is read-only: '{target.name}' cannot be written")
+        if target.node.size != source.node.size:
+            raise QmpError("Source and target image have different sizes")
+        mode = check_modes(given.sync, given.bitmap, given.bitmap_mode)
+        bitmaps = source.node.bitmaps
+        bitmap = None if given.bitmap is None else find_bitmap(bitmaps, given.bitmap)
+        if given.job_id is None or not WELL_FORMED.fullmatch(given.job_id):
+            raise QmpError(f"Invalid job ID '{given.job_id or ''}'")
+        jobs.check_free(source)
+        is_zero = await _reads_as_zero(target.node)
+        sync = None if bitmap is None or mode is None else BitmapSync(bitmaps, bitmap, mode)
+        try:
+            job = Backup(
+                given.job_id,
+                source.node,
+                target.node,
+                sync=given.sync,
+                work=bitmap if given.sync in ("bitmap", "incremental") else None,
+                target_is_zero=is_zero,
+                on_source_error=given.on_source_error,
+                on_target_error=given.on_target_error,
+                owns_target=False,
+                finished=None if sync is None else sync.finish,
+                speed=given.speed,
+                auto_finalize=given.auto_finalize,
+                auto_dismiss=given.auto_dismiss,
+                transaction=self._group,
+            )
+        except BaseException:
+            if sync is not None:
+                sync.finish(False)
+            raise
+        try:
+            jobs.add(job, source, target)
+        except BaseException:
+            source.node.busy_with = ""
+            if sync is not None:
+                sync.finish(False)
+            raise
+        self._job = job
+
+    def commit(self) -> None:
+        assert self._job is not None
+        self._job.start()
+
+    async def abort(self) -> None:
+        assert self._job is not None
+        self._job.force_cancel()
+        await self._job.wait()
+
+
+async def _reads_as_zero(node: Node) -> bool:
+    """Whether all of it does, as a new image."""
+    async for part in map_node(node, 0, node.size):
+        if not ((part.kind == ZERO) | (part.kind == UNALLOCATED)).all():
+            return False
+    return True
+
+
+async def blockdev_backup(control: Control, arguments: BackupOptions) -> None:
+    """The moment is that of the command."""
+    await execute([BackupAction(control, arguments)])
+
+
+COMMANDS: Final = (Command("blockdev-backup", blockdev_backup, BackupOptions),)
