@@ -451,6 +451,11 @@ class Node:
             raise ConfigError(f"{self.path}: is busy: block device is in use by block job: {self.busy_with}")
         async with self.drained():
             old_size = self.size
+            inside = old_size % self.top.granularity
+            if size > old_size and inside and any(layer.size > old_size for layer in self.layers[1:]):
+                # What the layers below have behind the end must not appear, not even if the power fails: the unit the
+                # disk ends in gets a place of its own, where zeroes follow it.
+                await self.write(old_size - inside, await self.read(old_size - inside, inside))
             await self.top.resize(size)
             self._adopt(self.layers)
             shown = min(self.size, max((layer.size for layer in self.layers[1:]), default=0))

@@ -22,6 +22,7 @@ from nbdserve.block.node import (
 from nbdserve.block.pieces import zero_pieces
 from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN, WRITE_WAIT
 from nbdserve.errors import RequestError
+from nbdserve.extents import DATA
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.formats.raw import RawDriver
 from nbdserve.storage.base import ReadBuffer
@@ -465,3 +466,31 @@ async def test_growing_above_a_longer_layer_shows_zeroes_and_not_that_layer() ->
         else:
             await node.resize(64 * KIB)
             assert await node.read(0, 64 * KIB) == b"b" * 32 * KIB + bytes(32 * KIB)
+
+
+async def test_the_unit_a_disk_ends_in_is_its_own_before_the_disk_grows_above_a_longer_layer() -> None:
+    """The power may fail right after the new size is on disk."""
+    image = MemoryStorage(path="top")
+    options = {"cluster_size": "4096", "backing_file": "base", "backing_fmt": "raw"}
+    await Qcow2Driver.create(image, 5 * KIB, options)
+    top = await Qcow2Driver.open(image, {}, read_only=False)
+    base = MemoryStorage(b"b" * 48 * KIB, path="base")
+    below = RawDriver(base, 0, base.size, read_only=True)
+    top.accept_backing(below)
+    node, seen = Node([top, below]), []
+
+    def tell(size: int) -> None:
+        run = top.lookup(4 * KIB, 4 * KIB)
+        assert run is not None
+        seen.append((size, run[0]))
+
+    resize = top.resize
+
+    async def telling(size: int) -> None:
+        tell(size)
+        await resize(size)
+
+    top.resize = telling  # type: ignore[method-assign]
+    await node.resize(64 * KIB)
+    assert seen == [(64 * KIB, DATA)]
+    assert await node.read(0, 64 * KIB) == b"b" * 5 * KIB + bytes(59 * KIB)

@@ -151,7 +151,7 @@ class _Run:
         top: Any = node.top
         options: list[tuple[str, Callable[[], Awaitable[Any]], View]] = []
         if top.can("resize"):
-            options += [self._resize(top, view) for _ in range(2)]
+            options += [self._resize(node, view) for _ in range(2)]
         if top.can("create_snapshot"):
             options.append(("create", lambda: top.create_snapshot("s"), view))
             for name, content in view.snapshots:
@@ -177,7 +177,7 @@ class _Run:
         self.tally.changes[kind if done else f"{kind} refused"] += 1
         return seen
 
-    def _resize(self, top: Any, view: View) -> tuple[str, Callable[[], Awaitable[Any]], View]:
+    def _resize(self, node: Node, view: View) -> tuple[str, Callable[[], Awaitable[Any]], View]:
         limit = 2 * self.image.size
         size = self.rng.choice(
             (
@@ -187,7 +187,7 @@ class _Run:
         )
         size = max(SECTOR_SIZE, min(limit, size))
         after = View(view.disk[:size].ljust(size, b"\0"), view.snapshots)
-        return "grow" if size > len(view.disk) else "shrink", lambda: top.resize(size), after
+        return "grow" if size > len(view.disk) else "shrink", lambda: node.resize(size), after
 
     async def _view(self, node: Node) -> View:
         snapshots = (("1", self.image.guest),) if self.image.geometry.snapshot else ()
