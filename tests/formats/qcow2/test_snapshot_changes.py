@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from pathlib import Path
 
 import pytest
 
+from nbdserve.block.node import Node
+from nbdserve.block.writer import WRITE_WAIT
 from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestError
 from nbdserve.storage.file import FileStorage
 from nbdserve.units import KIB, MIB
@@ -226,3 +229,39 @@ async def test_an_image_with_errors_is_to_be_repaired_first(tmp_path: Path) -> N
         await driver.create_snapshot("one")
     await driver.close()
     assert path.read_bytes() == data
+
+
+async def test_under_clients_that_write_on(tmp_path: Path) -> None:
+    """As the server does it: inside ``drained``, and what the node remembers of places is renewed."""
+    path = create(tmp_path / "a.qcow2", MIB, "cluster_size=4k")
+    node = Node([await open_image(path)])
+    rng, stop, kept = random.Random(1), asyncio.Event(), list[bytes]()
+
+    async def client(byte: int) -> None:
+        while not stop.is_set():
+            offset, length = rng.randrange(MIB - 65536), rng.randrange(1, 65536)
+            if node.submit_write(offset, memoryview(bytes([byte]) * length), lambda error: None) == WRITE_WAIT:
+                await node.write(offset, bytes([byte]) * length)
+            await asyncio.sleep(0)
+
+    clients = [asyncio.create_task(client(byte)) for byte in range(1, 5)]
+    for number in range(4):
+        await asyncio.sleep(0.05)
+        async with node.drained():
+            kept.append(bytes(await node.read(0, MIB)))
+            await node.top.create_snapshot(f"s{number}")
+            await node.reshape(node.layers)
+    async with node.drained():
+        await node.top.apply_snapshot("s1")
+        await node.top.delete_snapshot("1")
+        await node.reshape(node.layers)
+        assert await node.read(0, MIB) == kept[1]
+    await asyncio.sleep(0.05)
+    stop.set()
+    await asyncio.gather(*clients)
+    last = await node.read(0, MIB)
+    await node.close()
+    assert not check(path).get("leaks")
+    assert content(path) == last
+    for number, expected in enumerate(kept[1:], 1):
+        assert content(path, "-l", f"snapshot.name=s{number}") == expected
