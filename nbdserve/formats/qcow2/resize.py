@@ -76,13 +76,14 @@ async def _grow(driver: Qcow2Driver, size: int) -> None:
     except BaseException:
         # Nothing on disk knows the new table, so nothing may be committed to it.
         if driver.l1 is not old_l1:
-            await _drop_mapping(driver, covered)
-            await _put_l1(driver, old_l1)
+            try:
+                await _drop_mapping(driver, covered)
+            finally:
+                _put_back(driver, old_l1)
         raise
     await _set_header(driver, size)
     if driver.l1 is not old_l1:
-        clusters = div_ceil(len(old_l1.words) * 8, driver.cluster_size)
-        driver.allocator.retire_metadata((old_l1.host_offset // driver.cluster_size, clusters))
+        _retire(driver, old_l1)
         await driver.committer.settle()
 
 
@@ -98,13 +99,16 @@ async def _move_l1(driver: Qcow2Driver, entries: int) -> None:
     driver.put_l1(table)
 
 
-async def _put_l1(driver: Qcow2Driver, table: Table) -> None:
-    """Back to the table on disk; the clusters of the other one are free."""
+def _put_back(driver: Qcow2Driver, table: Table) -> None:
+    """Back to the L1 table on disk; the clusters of the other one are free."""
     other = driver.l1
     driver.put_l1(table)
-    driver.allocator.retire_metadata(
-        (other.host_offset // driver.cluster_size, div_ceil(len(other.words) * 8, driver.cluster_size))
-    )
+    _retire(driver, other)
+
+
+def _retire(driver: Qcow2Driver, table: Table) -> None:
+    clusters = div_ceil(len(table.words) * 8, driver.cluster_size)
+    driver.allocator.retire_metadata((table.host_offset // driver.cluster_size, clusters))
 
 
 async def _map_new(driver: Qcow2Driver, start: int, end: int) -> None:

@@ -213,3 +213,29 @@ async def test_a_growth_that_fails_leaves_the_old_disk_usable(tmp_path: Path, mo
     result = await driver.check()
     assert (result.corruptions, result.leaks) == (0, 0)
     await driver.close()
+
+
+async def test_a_growth_that_fails_for_good_leaves_the_l1_table_that_the_header_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = create(tmp_path / "a.qcow2", 1 * MIB, "cluster_size=512", "-b", tmp_path / "none", "-F", "raw", "-u")
+    driver = await open_image(path)
+    old = driver.l1
+    commit = driver.committer.commit
+
+    async def failing() -> None:
+        if driver.l1 is not old:
+            raise OSError(5, "the disk is gone")
+        await commit()
+
+    monkeypatch.setattr(driver.committer, "commit", failing)
+    with pytest.raises(OSError, match="gone"):
+        await driver.resize(64 * MIB)
+    assert driver.l1 is driver.committer.l1 is old
+    monkeypatch.undo()
+    await write(driver, 500_000, b"\x04" * 5000)
+    await driver.close()
+    driver = await open_image(path, read_only=True)
+    assert await read(driver, 500_000, 5000) == b"\x04" * 5000
+    assert (await driver.check()).corruptions == 0
+    await driver.close()
