@@ -42,12 +42,14 @@ async def block_status(
     All lists cover the same range: it is cut where the first of them is full.
     """
     projections = [question for question in questions if not isinstance(question, DirtyBitmap)]
-    mapped, end = await _project(node, offset, offset + length, projections, max_extents)
-    from_map = iter(mapped)
-    merged = [
-        _dirty(question, offset, end, max_extents + 1) if isinstance(question, DirtyBitmap) else next(from_map)
-        for question in questions
-    ]
+    async with node.gate:
+        node.check_inside(offset, length)
+        mapped, end = await _project(node, offset, offset + length, projections, max_extents)
+        from_map = iter(mapped)
+        merged = [
+            _dirty(question, offset, end, max_extents + 1) if isinstance(question, DirtyBitmap) else next(from_map)
+            for question in questions
+        ]
     end = min([end, *(int(starts[max_extents]) for starts, _ in merged if len(starts) > max_extents)])
     return [_extents(starts, values, end) for starts, values in merged]
 
