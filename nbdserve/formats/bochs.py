@@ -85,9 +85,10 @@ class BochsDriver(FormatDriver):
         data = bytes(await storage.read(0, HEADER_SIZE))
         fields = HEADER.parse(data)
         _check_names(fields, storage.path)
-        tail = (TAIL_1 if fields.version == VERSION_1 else TAIL_2).parse(data[HEADER.sizeof() :])
+        tail_form = TAIL_1 if fields.version == VERSION_1 else TAIL_2
+        tail = tail_form.parse(data[HEADER.sizeof() :])
         size = tail.disk // SECTOR_SIZE * SECTOR_SIZE
-        _check_places(fields, size, storage)
+        _check_places(fields, size, storage, HEADER.sizeof() + tail_form.sizeof())
         catalog = np.frombuffer(await storage.read(fields.header_size, 4 * fields.catalog), "<u4").astype(np.uint32)
         return cls(storage, fields, size, catalog[: div_ceil(size, fields.extent)])
 
@@ -183,7 +184,7 @@ def _check_names(fields: Any, path: str) -> None:
         raise UnsupportedImageError(path, "versions 1.0 and 2.0 are known", field="version", value=fields.version)
 
 
-def _check_places(fields: Any, size: int, storage: Storage) -> None:
+def _check_places(fields: Any, size: int, storage: Storage, header_bytes: int) -> None:
     if not is_power_of_two(fields.extent) or not SECTOR_SIZE <= fields.extent <= MAX_EXTENT:
         raise CorruptImageError(
             storage.path,
@@ -198,7 +199,7 @@ def _check_places(fields: Any, size: int, storage: Storage) -> None:
             field="bitmap",
             value=fields.bitmap,
         )
-    if fields.header_size < HEADER.sizeof() + TAIL_1.sizeof():
+    if fields.header_size < header_bytes:
         raise CorruptImageError(
             storage.path, "the catalog would be inside the header", field="header_size", value=fields.header_size
         )

@@ -10,11 +10,14 @@ from typing import Final
 
 from nbdserve.errors import RequestError
 from nbdserve.storage.base import Storage
-from nbdserve.storage.pool import worker_pool
+from nbdserve.storage.pool import MAX_THREADS, worker_pool
 from nbdserve.units import MIB
 
 CACHE_BYTES: Final = 8 * MIB
 """Kept per image. The unit read last is kept whatever its size: sequential reads smaller than a unit need it."""
+
+AT_ONCE: Final = 2 * MAX_THREADS
+"""Units of one image in the making: one may take 50 MiB, stored and expanded, and clients ask for many."""
 
 
 class UnitCache:
@@ -26,6 +29,7 @@ class UnitCache:
         self._kept: OrderedDict[int, bytes] = OrderedDict()
         self._bytes = 0
         self._running: dict[int, asyncio.Task[bytes]] = {}
+        self._places = asyncio.Semaphore(AT_ONCE)
 
     async def read(self, key: int, host_offset: int, length: int, decompress: Callable[[bytearray], bytes]) -> bytes:
         """The unit ``key``: what ``decompress`` makes of the ``length`` bytes stored at ``host_offset``.
@@ -50,13 +54,14 @@ class UnitCache:
                 errno.EIO,
                 f"{self._storage.path}: compressed data at {host_offset:#x} ends past the end of the file",
             )
-        stored = bytearray(length)
-        if not self._storage.try_read_into(host_offset, memoryview(stored)):
-            await self._storage.read_into(host_offset, memoryview(stored))
-        try:
-            data = await worker_pool().run(decompress, stored)
-        except RequestError as error:
-            raise RequestError(error.errno, f"{self._storage.path}: at {host_offset:#x}: {error}") from None
+        async with self._places:
+            stored = bytearray(length)
+            if not self._storage.try_read_into(host_offset, memoryview(stored)):
+                await self._storage.read_into(host_offset, memoryview(stored))
+            try:
+                data = await worker_pool().run(decompress, stored)
+            except RequestError as error:
+                raise RequestError(error.errno, f"{self._storage.path}: at {host_offset:#x}: {error}") from None
         self._kept[key] = data
         self._bytes += len(data)
         while self._bytes > self._limit and len(self._kept) > 1:

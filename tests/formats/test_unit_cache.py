@@ -6,7 +6,7 @@ import errno
 import pytest
 
 from nbdserve.errors import RequestError
-from nbdserve.formats.unit_cache import UnitCache
+from nbdserve.formats.unit_cache import AT_ONCE, UnitCache
 from nbdserve.storage.memory import MemoryStorage
 
 
@@ -62,3 +62,22 @@ async def test_a_failure_names_the_place_and_is_not_kept() -> None:
     with pytest.raises(RequestError, match=r"disk\.img: at 0x10: bad"):
         await cache.read(1, 16, 5, fail)
     assert await cache.read(1, 16, 5, expand) == bytes(10)
+
+
+async def test_not_all_units_are_made_at_once() -> None:
+    class Slow(MemoryStorage):
+        reading = most = 0
+
+        def try_read_into(self, offset: int, buffer: memoryview) -> bool:
+            return False
+
+        async def read_into(self, offset: int, buffer: memoryview) -> None:
+            self.reading += 1
+            self.most = max(self.most, self.reading)
+            await asyncio.sleep(0.001)
+            self.reading -= 1
+
+    storage, expand = Slow(bytes(1000)), Expander()
+    cache = UnitCache(storage)
+    await asyncio.gather(*(cache.read(key, key, 1, expand) for key in range(3 * AT_ONCE)))
+    assert (storage.most, expand.calls) == (AT_ONCE, 3 * AT_ONCE)

@@ -40,9 +40,13 @@ COMPRESSED_TYPES: Final = (ADC, ZLIB, BZIP2, LZFSE)
 
 MAX_CHUNK: Final = 16 * MIB
 """Bytes of a compressed chunk, stored or not; hdiutil makes them of 256 KiB or 1 MiB."""
+MAX_ADC_CHUNK: Final = MIB
+"""ADC is expanded in Python, at 0.7 s for the worst MiB."""
 MAX_SECTORS: Final = 1 << 52
 MAX_TABLES: Final = 16 * MIB
 """Bytes of property list or resource fork: tables of 300 000 chunks."""
+MAX_TABLE_COUNT: Final = 1024
+"""There is one for each partition, and for each gap between them."""
 
 KOLY: Final[Any] = c.Struct(
     "magic" / c.Bytes(4),
@@ -174,7 +178,14 @@ class Chunks:
     @classmethod
     def collect(cls, tables: Iterator[bytes], trailer: Trailer, file_size: int, path: str) -> Chunks:
         """The chunks of all tables; data that is no table is passed over. ImageError naming the field at fault."""
-        parts = [_rows(table, trailer, path) for table in tables if table.startswith(MISH_MAGIC)]
+        parts: list[_Rows] = []
+        for table in tables:
+            if table.startswith(MISH_MAGIC):
+                if len(parts) == MAX_TABLE_COUNT:
+                    raise UnsupportedImageError(
+                        path, f"more than {MAX_TABLE_COUNT} tables of chunks", field="mish", value=table[:16]
+                    )
+                parts.append(_rows(table, trailer, path))
         if not parts:
             raise CorruptImageError(path, "there is no table of chunks", field="mish", value=b"")
         rows = np.concatenate(parts)
@@ -232,6 +243,8 @@ def _check_rows(rows: _Rows, trailer: Trailer, file_size: int, path: str) -> Non
     compressed = np.isin(kind, COMPRESSED_TYPES)
     _refuse(rows, compressed & (rows["count"] > MAX_CHUNK // SECTOR_SIZE), "count", path, f"at most {MAX_CHUNK} bytes")
     _refuse(rows, compressed & (rows["length"] > MAX_CHUNK), "length", path, f"at most {MAX_CHUNK}")
+    too_slow = (kind == ADC) & (rows["count"] > MAX_ADC_CHUNK // SECTOR_SIZE)
+    _refuse(rows, too_slow, "count", path, f"at most {MAX_ADC_CHUNK} bytes of ADC")
     _refuse(
         rows, (kind == RAW) & (rows["length"] >> 9 < rows["count"]), "length", path, "fewer bytes than the disk has"
     )

@@ -86,9 +86,11 @@ async def _find_tables(storage: Storage, found: Analysis) -> None:
     valid = (offsets < np.uint64(FLAG)) & (offsets <= max(0, storage.size - length))
     for start, end in header.geometry.reserved:
         valid &= (offsets >= end) | (offsets + np.uint64(length) <= start)
-    for index in used[~valid].tolist():
-        found.corruption(f"L1 entry {index}: no L2 table can be at {int(entries[index]):#x}", 1)
-    found.bad += (header.l1_table_offset + used[~valid] * 8).tolist()
+    bad = used[~valid]
+    if len(bad):
+        what = f"first entry {int(bad[0])}: {int(entries[bad[0]]):#x}"
+        found.corruption(f"{len(bad)} L1 entries name no L2 table of the file, {what}", len(bad))
+        found.bad += (header.l1_table_offset + bad[:MAX_REPAIRS] * 8).tolist()
     found.tables = np.sort(offsets[valid].astype(np.int64))
     found.overlapping = int((np.diff(found.tables) < length).sum())
     if found.overlapping:

@@ -50,7 +50,7 @@ class Analysis:
     """L2 tables that begin inside another. This cannot be repaired."""
     bad_l1: list[int] = field(default_factory=list)
     """Host offsets of invalid L1 entries."""
-    bad_l2: list[Offsets] = field(default_factory=list)
+    bad_l2: list[int] = field(default_factory=list)
     """Host offsets of invalid L2 entries."""
     shared: list[tuple[int, int]] = field(default_factory=list)
     """``(host offset of the entry, host offset it names)`` of data clusters that something else uses already."""
@@ -144,7 +144,8 @@ async def analyse(storage: Storage, header: Header, open_end: int | None = None)
 async def _find_tables(storage: Storage, found: Analysis) -> None:
     """Read the L1 table, all of it: entries past the end of the disk use clusters too."""
     header = found.header
-    tables = []
+    tables: list[Offsets] = []
+    count_valid = 0
     for first in range(0, header.table_entries, BATCH_BYTES // 8):
         count = min(BATCH_BYTES // 8, header.table_entries - first)
         at = header.l1_table_offset + first * 8
@@ -164,13 +165,13 @@ async def _find_tables(storage: Storage, found: Analysis) -> None:
             what = f"entry {first + int(bad[0])}: {int(entries[bad[0]]):#x}"
             found.corruption(f"{len(bad)} L1 entries name no L2 table of the file, first {what}", len(bad))
             found.bad_l1 += (at + bad * 8).tolist()[: MAX_REPAIRS - len(found.bad_l1)]
-        tables.append(offsets[valid].astype(np.int64))
+        count_valid += int(valid.sum())
+        tables.append(np.unique(offsets[valid].astype(np.int64)))  # of a damaged table there may be millions, all alike
     if tables:
-        found.tables = np.sort(np.concatenate(tables))
-    found.overlapping = int((np.diff(found.tables) < header.table_bytes).sum())
+        found.tables = np.unique(np.concatenate(tables))
+    found.overlapping = count_valid - len(found.tables) + int((np.diff(found.tables) < header.table_bytes).sum())
     if found.overlapping:
         found.corruption(f"{found.overlapping} L2 tables overlap another", found.overlapping)
-        found.tables = np.unique(found.tables)
 
 
 def _inside(found: Analysis, offsets: npt.NDArray[np.uint64], length: int) -> npt.NDArray[np.bool_]:
@@ -219,7 +220,7 @@ def _look_at(found: Analysis, window: Window, positions: Offsets, offsets: npt.N
         if len(bad):
             first = f"the one at {int(bad[0]):#x}: {int(offsets[~valid][0]):#x}"
             found.corruption(f"{len(bad)} L2 entries name no cluster of the file, first {first}", len(bad))
-            found.bad_l2.append(bad)
+            found.bad_l2 += bad[: MAX_REPAIRS - len(found.bad_l2)].tolist()
     positions, places = positions[valid], offsets[valid].astype(np.int64)
     again = window.take(places // header.cluster_size)
     if again.any():
@@ -263,7 +264,8 @@ async def check_qed(
         return before.result
     if storage.read_only:
         raise ImageError(storage.path, "open read-only, so it cannot be repaired")
-    if all_or_nothing and (before.overlapping or len(before.shared) == MAX_REPAIRS):
+    most = max(len(before.bad_l1), len(before.bad_l2), len(before.shared))
+    if all_or_nothing and (before.overlapping or most == MAX_REPAIRS):
         return before.result
     from nbdserve.formats.qed.repair import close_gaps, repair_entries  # noqa: PLC0415  (repairing begins with a check)
 

@@ -24,8 +24,7 @@ async def repair_entries(storage: Storage, found: Analysis) -> None:
 
     What an invalid entry stood for is lost: it reads as the backing file, or zeroes. L2 tables that overlap are left.
     """
-    cleared = [found.bad_l1, *(part.tolist() for part in found.bad_l2)]
-    await storage.write_all([(at, bytes(8)) for part in cleared for at in part])
+    await storage.write_all([(at, bytes(8)) for at in found.bad_l1 + found.bad_l2])
     await storage.flush()
     if found.overlapping:
         return

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 
 import pytest
 
@@ -75,6 +76,7 @@ def test_a_bad_trailer(fields: dict[str, int], name: str) -> None:
         (Chunk(layout.ZLIB, 0, 1, b"x" * 512, length=SIZE), "chunk offset"),
         (Chunk(layout.ZLIB, 0, 1, b"x" * 512, length=1 << 63), "chunk length"),
         (Chunk(layout.ZLIB, 0, 1 << 16, b"x"), "chunk count"),
+        (Chunk(layout.ADC, 0, (1 << 11) + 1, b"x"), "chunk count"),
         (Chunk(layout.ZERO_FILL, 0, 1 << 60), "chunk count"),
         (Chunk(layout.ZERO_FILL, 1 << 60, 1), "chunk sector"),
     ],
@@ -109,6 +111,23 @@ def test_a_table_out_of_range() -> None:
 def test_no_table(text: bytes) -> None:
     with pytest.raises(ImageError, match="mish"):
         Chunks.collect(tables_of_property_list(text, "x"), Trailer(512, 0, None, None), 0, "x")
+
+
+def test_tables_are_not_without_number() -> None:
+    one = Image(8, [[Chunk(layout.ZERO_FILL, 0, 8)]], [0]).build()
+    found = trailer(one)
+    assert found.xml is not None
+    [table] = [table for table in tables_of_property_list(one[: sum(found.xml)], "x") if table.startswith(b"mish")]
+    asked: list[int] = []
+
+    def endless() -> Iterator[bytes]:
+        while True:
+            asked.append(1)
+            yield table
+
+    with pytest.raises(ImageError, match="more than 1024 tables"):
+        Chunks.collect(endless(), found, len(one), "x")
+    assert len(asked) == 1025
 
 
 def test_text_that_is_no_base64() -> None:

@@ -10,7 +10,7 @@ import pytest
 from nbdserve.errors import ImageError
 from nbdserve.formats.base import CheckResult
 from nbdserve.formats.qcow import check
-from nbdserve.formats.qcow.driver import QcowDriver
+from nbdserve.formats.qcow.driver import QcowDriver, read_header
 from nbdserve.formats.two_level.entries import FLAG
 from tests.formats.qcow.test_driver import CLUSTER, SIZE, made, opened, with_compressed
 from tests.support import images
@@ -97,6 +97,21 @@ async def test_entries_that_name_nothing_are_cleared() -> None:
     put(storage, l1_offset, 48)
     assert (await examined(storage)).corruptions == 1
     assert (await repaired(storage)).corruptions == 0
+
+
+async def test_a_first_table_full_of_rubbish_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "MAX_REPAIRS", 100)
+    storage = ByteStorage()
+    await QcowDriver.create(storage, 1 << 40, {})
+    header = await read_header(storage)
+    end = header.l1_table_offset + header.l1_entries * 8
+    storage.content[header.l1_table_offset : end] = b"\x7f\xff" * (header.l1_entries * 4)
+    result = await examined(storage)
+    assert result.corruptions == header.l1_entries == 1 << 19
+    assert result.messages == [
+        "ERROR 524288 L1 entries name no L2 table of the file, first entry 0: 0x7fff7fff7fff7fff"
+    ]
+    assert (await repaired(storage)).corruptions_fixed == 100
 
 
 @images.needs_qemu

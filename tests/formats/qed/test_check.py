@@ -149,6 +149,35 @@ async def test_l1_entries_past_the_end_of_the_disk_use_clusters_too() -> None:
     assert (await examined(storage)).corruptions == 1
 
 
+async def test_one_repair_mends_so_many_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "MAX_REPAIRS", 5)
+    storage = await filled()
+    _, tables = await tables_of(storage)
+    for number in range(12):
+        at = tables[0] + number * 8
+        storage.content[at : at + 8] = b"\xff" * 8
+    storage.content[16] |= 2  # need check
+    damaged = bytes(storage.content)
+    assert (await examined(storage)).corruptions == 12
+    with pytest.raises(ImageError, match="12 errors remain"):
+        await QedDriver.open(storage, {}, read_only=False)
+    assert storage.content == damaged
+    for left in (7, 2, 0):
+        driver = await QedDriver.open(storage, {}, read_only=True)
+        assert (await driver.check(repair_errors=True)).corruptions == left
+
+
+async def test_many_first_entries_that_name_one_table() -> None:
+    storage = await filled()
+    l1_offset, tables = await tables_of(storage)
+    for number in range(30, 50):
+        at = l1_offset + number * 8
+        storage.content[at : at + 8] = tables[0].to_bytes(8, "little")
+    result = await examined(storage)
+    assert result.corruptions == 20
+    assert result.messages == ["ERROR 20 L2 tables overlap another"]
+
+
 async def test_a_repair_needs_a_writable_file() -> None:
     storage = await filled()
     storage.read_only = True
