@@ -1,0 +1,37 @@
+"""qmp-shell of QEMU's Python package: tab completion asks query-commands at once, and its requests have no id."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.processes import NBDSERVE, SECONDS, connectable, started, until
+
+
+@pytest.fixture
+def admin(tmp_path: Path) -> Iterator[Path]:
+    """The admin socket of a server of ``d``."""
+    disk, path = tmp_path / "d.raw", tmp_path / "admin"
+    disk.write_bytes(bytes(1 << 20))
+    with started(*NBDSERVE, "serve", "--admin", path, "-k", tmp_path / "nbd", "-f", "raw", f"d={disk}"):
+        until(lambda: connectable(path), "it listens")
+        yield path
+
+
+def shell(admin: Path, lines: str, *options: str) -> str:
+    program = [sys.executable, "-c", "from qemu.qmp.qmp_shell import main; main()", *options, str(admin)]
+    return subprocess.run(program, input=lines, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
+
+
+def test_commands_transactions_and_the_human_monitor(admin: Path) -> None:
+    transaction = "transaction(\nblock-dirty-bitmap-add node=d name=a\nblock-dirty-bitmap-add node=d name=b\n)\n"
+    said = shell(admin, f"{transaction}query-block\nblockdev-del node-name=x\n")
+    assert "Connected to QEMU 7.2" in said
+    assert '"name": "a"' in said
+    assert '"name": "b"' in said
+    assert "Failed to find node with node-name='x'" in said
+    assert "Used by:          export 'd'" in shell(admin, "info block\n", "-H")
