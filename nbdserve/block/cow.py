@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 import numpy as np
 
 from nbdserve.block.chain import NEEDS_TABLE, resolve
+from nbdserve.block.mapping import map_chain
 from nbdserve.block.pieces import zero_pieces
 from nbdserve.errors import RequestError
-from nbdserve.extents import DATA, ZERO, Run
+from nbdserve.extents import DATA, UNALLOCATED, ZERO, Run
 from nbdserve.formats.base import Allocation
 from nbdserve.formats.probe import PROBE_LENGTH, format_of
 from nbdserve.storage.base import ReadBuffer
@@ -201,7 +202,8 @@ async def zero(node: Node, offset: int, length: int, *, unmap: bool, fast: bool 
         stop = end if end == node.size else align_down(end, top.granularity)
         if start > offset or stop <= start:
             part = min(start if start > offset else end, end) - offset
-            offset += await _zero_data(node, offset, part, unmap=unmap, fast=False)
+            zeroed = await _zero_rest_too(node, offset, part, unmap=unmap)
+            offset += zeroed or await _zero_data(node, offset, part, unmap=unmap, fast=False)
             continue
         stop = min(stop, start + _STRETCH)
         done: int | None = 0
@@ -215,6 +217,31 @@ async def zero(node: Node, offset: int, length: int, *, unmap: bool, fast: bool 
     # The guarded ends come last, so that a fast zero that is refused has left everything as it was.
     for start, stop in guarded:
         await _write_guarded(node, start, memoryview(bytes(stop - start)))
+
+
+async def _zero_rest_too(node: Node, offset: int, length: int, *, unmap: bool) -> int:
+    """Zero the whole unit of the mapping a part of which is to be zeroed, if it holds nothing else; the bytes done.
+
+    A few zeroes over a hole of the backing file then take a flag, and not a cluster of data.
+    """
+    top = node.top
+    start = align_down(offset, top.granularity)
+    stop = min(start + top.granularity, node.size)
+    if stop - start == length or not top.zeroes_with_rest:
+        return 0
+    async with node.locks.exclusive(align_down(start, top.cluster_size), align_up(stop, top.cluster_size)):
+        while (run := top.lookup(start, stop - start)) is None:
+            await top.load(start)
+        if run[0] not in (UNALLOCATED, ZERO) or run[1] < stop - start:
+            return 0
+        for first, last in ((start, offset), (offset + length, stop)):
+            if first < last:
+                async for part in map_chain(node.layers, first, last):
+                    if not np.isin(part.kind, (ZERO, UNALLOCATED)).all():
+                        return 0
+        while (done := node.zero_mapping(start, stop - start, unmap=unmap)) is None:
+            await top.load(start)
+        return length if done else 0
 
 
 async def _zero_data(node: Node, offset: int, length: int, *, unmap: bool, fast: bool) -> int:

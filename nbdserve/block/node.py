@@ -26,7 +26,7 @@ from nbdserve.errors import ConfigError, RequestError
 from nbdserve.extents import COMPRESSED, DATA, ZERO
 from nbdserve.formats.base import Allocation, FormatDriver
 from nbdserve.storage.base import ReadBuffer, Storage
-from nbdserve.units import MIB
+from nbdserve.units import MIB, align_down, align_up
 
 READ_WAIT: Final = 0
 """Nothing is known without waiting: use ``read_pieces``."""
@@ -308,6 +308,18 @@ class Node:
         async with self._changing(offset, length):
             await cow.zero(self, offset, length, unmap=unmap and self.unmap, fast=fast)
         await self._settle(fua)
+
+    async def write_compressed(self, offset: int, data: ReadBuffer) -> None:
+        """Write whole clusters (less at the end of the disk) as ``FormatDriver.write_compressed`` stores them."""
+        end = offset + len(data)
+        cluster = self.top.cluster_size
+        lock = self.locks.exclusive(align_down(offset, cluster), align_up(end, cluster))
+        async with self._changing(offset, len(data)), lock:
+            try:
+                await self.top.write_compressed(offset, data)
+            finally:
+                self.places.forget(offset, len(data))
+        await self._settle(False)
 
     async def discard(self, offset: int, length: int, *, fua: bool = False) -> None:
         """The content of the range is not needed any more. Nothing happens unless opened with discard=unmap."""

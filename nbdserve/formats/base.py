@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Self
 from nbdserve.bitmaps.bitmap import DirtyBitmap
 from nbdserve.errors import ConfigError
 from nbdserve.extents import Run, RunStream
-from nbdserve.storage.base import Storage
+from nbdserve.storage.base import ReadBuffer, Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +146,8 @@ class FormatDriver(ABC):
 
     checks_every_file: ClassVar[bool] = False
     """``check`` judges the companions with guest data too, and is told of the backing file (``see_backing``)."""
+    zeroes_with_rest: ClassVar[bool] = False
+    """A part of a unit is zeroed in the mapping, with the rest of the unit, where that reads as zeroes already."""
     needs_open_backing: ClassVar[bool] = False
     """An image holds the identity of its backing file, so it can be made only while that is open."""
 
@@ -171,6 +173,10 @@ class FormatDriver(ABC):
     True of raw, and of whatever is open read-only."""
     stands_alone: bool = False
     """Nothing of the backing file shows, and nothing ever will, so that the image is of use without it."""
+    flags_zeroes: bool = False
+    """Zeroes over a backing file are to be flagged in the mapping although another program may then get them wrong."""
+    compressed_only: bool = False
+    """It is written with ``write_compressed`` and no other way."""
     zeroes_fast: bool = False
     """Zeroing this image is a change of metadata, or is left to its storage; no zeroes are written."""
 
@@ -305,6 +311,13 @@ class FormatDriver(ABC):
 
         Invisible until ``publish``. The caller fills every byte of it that is not known to be right (``zeroed``).
         OSError(ENOSPC) when the format cannot address more.
+        """
+        raise NotImplementedError
+
+    async def write_compressed(self, offset: int, data: ReadBuffer) -> None:
+        """Store whole clusters from ``offset`` on, compressed where that makes them smaller; shown on return.
+
+        ``data`` ends with a cluster, or with the disk. RequestError where this image cannot have such.
         """
         raise NotImplementedError
 

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import fcntl
 import os
-import struct
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
+from nbdserve.block.create import create_files
 from nbdserve.cli.image.common import SecretEnvOption, SecretFileOption, full_name, open_layer
 from nbdserve.cli.usage import UsageError
 from nbdserve.config.secrets import chosen_secret, named_secret, secrets_of_objects
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.registry import driver_for
-from nbdserve.storage.file import FileStorage, sync_parent
 from nbdserve.units import SECTOR_SIZE, align_up, parse_size
-
-_FS_IOC_GETFLAGS: Final = 0x80086601
-_FS_IOC_SETFLAGS: Final = 0x40086602
-_FS_NOCOW_FL: Final = 0x00800000
 
 
 def create(
@@ -65,7 +58,7 @@ def create(
     driver = driver_for(format_name)
     chosen = parse_option_list(options or [])
     if chosen is None:
-        print(_options_help(driver), end="")
+        print(options_help(driver), end="")
         return 0
     if not file:
         raise UsageError("Expecting image file name")
@@ -73,12 +66,12 @@ def create(
         chosen["backing_file"] = backing
     if backing_format is not None:
         chosen["backing_fmt"] = backing_format
-    secret = _secret(driver, chosen, secrets_of_objects(objects or []), chosen_secret(secret_file, secret_env))
+    secret = image_secret(driver, chosen, secrets_of_objects(objects or []), chosen_secret(secret_file, secret_env))
     asyncio.run(_create(driver, file, size, chosen, secret, unchecked=unchecked, quiet=quiet))
     return 0
 
 
-def _secret(
+def image_secret(
     driver: type[FormatDriver], options: dict[str, str], secrets: dict[str, bytes], plain: bytes | None
 ) -> bytes | None:
     """The passphrase: the one a ``key-secret`` option names, or the one given without a name.
@@ -113,7 +106,7 @@ def parse_option_list(texts: list[str]) -> dict[str, str] | None:
     return options
 
 
-def _options_help(driver: type[FormatDriver]) -> str:
+def options_help(driver: type[FormatDriver]) -> str:
     lines = [f"Supported {driver.name} options:"]
     for option in driver.create_options:
         default = f" (default: {option.default})" if option.default else ""
@@ -180,7 +173,7 @@ async def _make(
     if not quiet:
         shown = " ".join(f"{name}={value}" for name, value in options.items())
         print(f"Formatting '{file}', fmt={driver.name} size={size} {shown}".rstrip())
-    await _write(driver, paths, size, options, backing, secret)
+    await create_files(driver, paths, size, options, backing=backing, secret=secret)
 
 
 def _size(file: str, wanted: str | None, backing_size: int | None) -> int:
@@ -198,59 +191,3 @@ def _refuse_same(file: str, other: str, what: str) -> None:
     both_exist = Path(file).exists() and Path(other).exists()
     if os.path.realpath(file) == os.path.realpath(other) or (both_exist and Path(file).samefile(other)):
         raise ConfigError(f"{file}: the {what} are the same file")
-
-
-async def _write(
-    driver: type[FormatDriver],
-    paths: list[str],
-    size: int,
-    options: dict[str, str],
-    backing: FormatDriver | None,
-    secret: bytes | None,
-) -> None:
-    """Make the files; those that were not there before are removed again when it fails."""
-    made = _missing(paths)
-    if options.get("nocow") in ("on", "yes", "true", "y"):
-        for path in paths:
-            _turn_off_cow(path)
-    storages: list[FileStorage] = []
-    try:
-        for path in paths:
-            kept = driver.keeps_companions and path != paths[0]
-            if kept and path in made:
-                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
-            storages.append(await FileStorage.open(path, create=not kept))
-        await driver.create(storages[0], size, options, companions=storages[1:], backing=backing, secret=secret)
-        for path in made:
-            await sync_parent(path)
-    except BaseException:
-        _remove(made)
-        raise
-    finally:
-        for storage in storages:
-            await storage.close()
-
-
-def _missing(paths: list[str]) -> list[str]:
-    return [path for path in paths if not os.path.lexists(path)]
-
-
-def _remove(paths: list[str]) -> None:
-    for path in paths:
-        Path(path).unlink(missing_ok=True)
-
-
-def _turn_off_cow(path: str) -> None:
-    """Set the NOCOW attribute on a new or empty file; only btrfs has it, and elsewhere it does nothing."""
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError:
-        return
-    try:
-        flags = struct.unpack("i", fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(4)))[0]
-        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("i", flags | _FS_NOCOW_FL))
-    except OSError as error:
-        if error.errno not in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-    finally:
-        os.close(fd)

@@ -54,6 +54,7 @@ class Allocator:
         self._cursor = 0  # nothing below it is free, except in the extent
         self._free = self._free_end = 0  # an extent of free clusters, inside one refcount block
         self._missing = 0  # the block that must be loaded to find more
+        self._tail = 0  # where the last cluster that compressed data was put in has room left; 0: nowhere
 
     def take(self, wanted: int) -> ClusterRange | None:
         """Up to ``wanted`` consecutive free clusters, counted once from now on. None: ``ready`` must be awaited first.
@@ -70,6 +71,37 @@ class Allocator:
         self._refcounts.set_range(first, count, 1)
         self.virgin = max(self.virgin, first + count)
         return first, count
+
+    def take_bytes(self, length: int) -> int | None:
+        """Host offset of ``length`` bytes, less than a cluster, that may share their clusters with others such.
+
+        Each cluster they lie in is counted once more. None and OSError as for ``take``.
+        """
+        cluster_size = 1 << self._cluster_bits
+        if not self._has_extent():
+            return None
+        room = -self._tail % cluster_size
+        shared = self._tail >> self._cluster_bits
+        if room and self._shareable(shared) and (length <= room or self._free == shared + 1):
+            host_offset = self._tail
+            self._count_once_more(shared)
+        else:
+            room, host_offset = 0, self._free << self._cluster_bits
+        if length > room and self.take(1) is None:
+            return None
+        self._tail = host_offset + length
+        return host_offset
+
+    def _shareable(self, cluster: int) -> bool:
+        index, position = divmod(cluster, self._refcounts.entries)
+        block = self._refcounts.block(index)
+        return block is not None and 0 < block.counts[position] < self._refcounts.highest
+
+    def _count_once_more(self, cluster: int) -> None:
+        index, position = divmod(cluster, self._refcounts.entries)
+        block = self._refcounts.block(index)
+        assert block is not None
+        self._refcounts.set_range(cluster, 1, int(block.counts[position]) + 1)
 
     def free(self, clusters: Clusters) -> None:
         """Each of these lost a reference."""
@@ -238,6 +270,8 @@ class Allocator:
         finally:
             block.pins -= 1
         if len(freed):
+            if self._tail >> self._cluster_bits in freed:
+                self._tail = 0
             self._cursor = min(self._cursor, int(freed[0]))
             self._forget_extent()
 

@@ -30,7 +30,8 @@ from nbdserve.formats.qcow2.resize import preallocate_qcow2, resize_qcow2
 from nbdserve.formats.qcow2.runs import iter_runs
 from nbdserve.formats.qcow2.snapshots import describe
 from nbdserve.formats.tables import L2Table, Words, run_from
-from nbdserve.units import div_ceil
+from nbdserve.storage.base import ReadBuffer
+from nbdserve.units import align_up, div_ceil
 
 
 class Qcow2Driver(Qcow2Image):
@@ -131,7 +132,40 @@ class Qcow2Driver(Qcow2Image):
     def _compressed_entry(self, table: L2Table, index: int) -> int:
         return table.entries[index]
 
+    def _store_compressed(self, table: L2Table, index: int, entry: int) -> None:
+        """Let the entry stand for compressed data; what it stood for is released."""
+        if table.entries[index]:
+            self._release(table.entries[index])
+        table.entries[index] = entry
+        table.touch(index, index + 1)
+
     # --- changing the mapping --------------------------------------------------------------------------------------
+
+    def take_bytes(self, length: int) -> int | None:
+        """Host offset for compressed data of ``length`` bytes; None: ``prepare`` must be awaited first."""
+        host_offset = None if self.is_crowded() else self.allocator.take_bytes(length)
+        self._starved = host_offset is None
+        if host_offset is not None:
+            self.host_limit = max(self.host_limit, align_up(host_offset + length, self.cluster_size))
+        return host_offset
+
+    def release_bytes(self, entry: int) -> None:
+        """Give back what ``take_bytes`` gave for ``entry``."""
+        self._release(entry)
+
+    def publish_compressed(self, offset: int, entry: int) -> bool:
+        """Let the cluster at ``offset`` be what ``entry`` says; False: ``prepare`` must be awaited first."""
+        table = self._writable_table(offset)
+        if table is None:
+            return False
+        self._store_compressed(table, (offset >> self._bits) & self._l2_mask, entry)
+        return True
+
+    async def write_compressed(self, offset: int, data: ReadBuffer) -> None:
+        """Compress on the worker threads, and pack the results one behind the other."""
+        from nbdserve.formats.qcow2.compressing import write_compressed  # noqa: PLC0415  (works on drivers)
+
+        await write_compressed(self, offset, memoryview(data))
 
     def lookup_writable(self, offset: int, length: int) -> Run | None:
         """Data is overwritten in place where COPIED says that nothing else refers to the cluster."""

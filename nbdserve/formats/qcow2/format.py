@@ -25,6 +25,7 @@ class Qcow2Format(FormatDriver):
     backing_formats: ClassVar[tuple[str, ...] | None] = None
     has_snapshots: ClassVar[bool] = True
     takes_data_file: ClassVar[bool] = True
+    zeroes_with_rest: ClassVar[bool] = True
     preallocation_modes: ClassVar[tuple[str, ...]] = ("metadata", "falloc", "full")
 
     header: Header

@@ -165,3 +165,9 @@ def compressed_range(entry: int, cluster_bits: int) -> tuple[int, int]:
     host_offset = entry & (1 << offset_bits) - 1
     sectors = (entry & COMPRESSED_FLAG - 1) >> offset_bits
     return host_offset, (sectors + 1) * 512 - host_offset % 512
+
+
+def compressed_entry(host_offset: int, length: int, cluster_bits: int) -> int:
+    """The L2 entry of compressed data of ``length`` bytes at ``host_offset``: the reverse of ``compressed_range``."""
+    sectors = (host_offset + length - 1) // 512 - host_offset // 512
+    return COMPRESSED_FLAG | sectors << 62 - (cluster_bits - 8) | host_offset

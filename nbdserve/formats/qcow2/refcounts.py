@@ -77,6 +77,8 @@ class Refcounts:
         """Indexes of blocks that differ from the disk."""
         self.entries = header.refcount_block_entries
         """Clusters per block."""
+        self.highest = (1 << header.refcount_bits) - 1
+        """The largest count."""
         self._order = header.refcount_order
         self._storage = storage
         self._cluster_size = header.cluster_size

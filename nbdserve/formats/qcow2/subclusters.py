@@ -87,6 +87,12 @@ class SubclusterDriver(Qcow2Driver):
     def _compressed_entry(self, table: L2Table, index: int) -> int:
         return table.entries[index << 1]
 
+    def _store_compressed(self, table: L2Table, index: int, entry: int) -> None:
+        old = table.entries[index << 1]
+        if old:
+            self._release(old)
+        self._store(table, index << 1, entry, 0)
+
     # --- changing the mapping --------------------------------------------------------------------------------------
 
     def _owns_cluster(self, entry: int) -> bool:

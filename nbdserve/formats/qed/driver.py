@@ -218,6 +218,10 @@ class QedDriver(TwoLevelDriver):
             return None
         first, words = self._words_at(table, offset, length)
         absent = np.flatnonzero(words == 0)
+        if self.flags_zeroes and len(absent):
+            words[absent] = ZERO_ENTRY
+            table.touch(first + int(absent[0]), first + int(absent[-1]) + 1)
+            absent = absent[:0]
         if self._space.free_ranges:
             absent = absent[:0]  # the space of writes that failed holds junk: it is for those who fill it
         if not self._has_room(len(absent) << self._bits):

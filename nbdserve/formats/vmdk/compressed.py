@@ -7,6 +7,8 @@ import zlib
 from functools import partial
 from typing import Final
 
+from isal import isal_zlib
+
 from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED
 from nbdserve.formats.inflate import ZLIB_WINDOW
@@ -17,7 +19,8 @@ from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.pool import worker_pool
 from nbdserve.units import SECTOR_SIZE, align_up
 
-_LEVEL: Final = 6
+_LEVEL: Final = 3
+"""The best of isal's, 5 times as fast as zlib's usual one."""
 
 
 def inflate_grain(stored: bytes | bytearray, grain_size: int, needed: int) -> bytes:
@@ -81,7 +84,7 @@ class CompressedGrains:
         grain = extent.header.grain_size
         if offset % grain or len(data) != min(grain, extent.size - offset):
             raise RequestError(errno.EINVAL, f"{extent.path}: grains are written whole, one at a time")
-        stored = await worker_pool().run(zlib.compress, bytes(data), _LEVEL)
+        stored = await worker_pool().run(isal_zlib.compress, data, _LEVEL)
         sector = (extent.start + offset) // SECTOR_SIZE
         unit = GRAIN_MARKER.build({"sector": sector, "size": len(stored)}) + stored
         while (run := extent.lookup_writable(offset, 1)) is None:

@@ -107,6 +107,7 @@ class VmdkDriver(FormatDriver):
             redundant = await read_redundant(extent)
             extent.open_writable(redundant, has_backing=has_backing, punch=options.get("discard") == "unmap")
         self.read_only = False
+        self.compressed_only = bool(self._compressed)
         self.keeps_places = not self.sparse
         self.zeroes_fast = all(extent.zeroed_grains or not has_backing for extent in self.sparse)
         self._commit = OrderedCommit(self.storage, self._collect, data=[self.data])
@@ -251,9 +252,9 @@ class VmdkDriver(FormatDriver):
         return extent.start + start, data
 
     async def write_compressed(self, offset: int, data: ReadBuffer) -> None:
-        """Add the grain at ``offset``, compressed, to an image opened with ``sequential``; ``flush`` makes it stable.
+        """Add grains at ``offset``, compressed, to an image opened with ``sequential``; ``flush`` makes them stable.
 
-        ``data`` is one whole grain, or what the disk has of its last one; a grain can be written once.
+        ``data`` is whole grains, or ends with what the disk has of its last one; a grain can be written once.
         """
         extent = self._at(offset)
         if self.read_only or not isinstance(extent, SparseExtent) or extent not in self._compressed:
@@ -262,7 +263,11 @@ class VmdkDriver(FormatDriver):
         if extent.needs_mark:
             self._pending.append(extent)
         await self._begin()
-        await self._compressed[extent].write(offset - extent.start, data)
+        whole = memoryview(data)
+        for start in range(0, len(whole), self.cluster_size):
+            await self._compressed[extent].write(
+                offset + start - extent.start, whole[start : start + self.cluster_size]
+            )
 
     # --- changing it -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,81 @@
+"""Making the files of an image."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from nbdserve.formats.base import FormatDriver
+from nbdserve.storage.file import FileStorage, sync_parent
+
+_FS_IOC_GETFLAGS: Final = 0x80086601
+_FS_IOC_SETFLAGS: Final = 0x40086602
+_FS_NOCOW_FL: Final = 0x00800000
+
+
+async def create_files(
+    driver: type[FormatDriver],
+    paths: Sequence[str],
+    size: int,
+    options: Mapping[str, str],
+    *,
+    backing: FormatDriver | None = None,
+    secret: bytes | None = None,
+    cache: str = "writeback",
+) -> None:
+    """Make an image of ``size`` bytes of the files ``paths``: its own first, then its ``created_companions``.
+
+    The options are checked already. Files that were not there before are removed again when it fails. OSError,
+    ImageError.
+    """
+    made = _missing(paths)
+    if options.get("nocow") in ("on", "yes", "true", "y"):
+        for path in paths:
+            _turn_off_cow(path)
+    storages: list[FileStorage] = []
+    try:
+        for path in paths:
+            kept = driver.keeps_companions and path != paths[0]
+            if kept and path in made:
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+            storages.append(await FileStorage.open(path, create=not kept, cache=cache))
+        await driver.create(storages[0], size, options, companions=storages[1:], backing=backing, secret=secret)
+        if cache != "unsafe":
+            for path in made:
+                await sync_parent(path)
+    except BaseException:
+        _remove(made)
+        raise
+    finally:
+        for storage in storages:
+            await storage.close()
+
+
+def _missing(paths: Sequence[str]) -> list[str]:
+    return [path for path in paths if not os.path.lexists(path)]
+
+
+def _remove(paths: list[str]) -> None:
+    for path in paths:
+        Path(path).unlink(missing_ok=True)
+
+
+def _turn_off_cow(path: str) -> None:
+    """Set the NOCOW attribute on a new or empty file; only btrfs has it, and elsewhere it does nothing."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError:
+        return
+    try:
+        flags = struct.unpack("i", fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(4)))[0]
+        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("i", flags | _FS_NOCOW_FL))
+    except OSError as error:
+        if error.errno not in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    finally:
+        os.close(fd)

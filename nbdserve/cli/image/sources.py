@@ -1,0 +1,78 @@
+"""Images that commands read: as they are named on the command line, and opened together."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from nbdserve.block.graph import image_roots, open_image
+from nbdserve.block.node import Node
+from nbdserve.block.spec import CACHE_MODES, ImageSpec
+from nbdserve.config.image_opts import image_from_filename, image_from_opts
+from nbdserve.errors import ConfigError
+from nbdserve.formats.raw import RawDriver
+from nbdserve.storage.file import FileStorage
+
+STREAM: Final = "-"
+"""The name of standard input and output."""
+
+
+def check_cache(mode: str, option: str) -> str:
+    """``mode`` if it is one."""
+    if mode not in CACHE_MODES:
+        raise ConfigError(f"Invalid {option} cache option: {mode}")
+    return mode
+
+
+def source_spec(
+    text: str,
+    flags: ImageSpec,
+    *,
+    image_opts: bool = False,
+    secrets: Mapping[str, bytes],
+    snapshot: str | None = None,
+) -> ImageSpec:
+    """The image to read that the command line calls ``text``."""
+    parse = image_from_opts if image_opts else image_from_filename
+    spec = parse(text, replace(flags, read_only=True), secrets)
+    return replace(spec, snapshot=snapshot_name(snapshot)) if snapshot is not None else spec
+
+
+def snapshot_name(text: str) -> str:
+    """The id or name that ``-l`` gives: by itself, or as ``snapshot.id=ID`` or ``snapshot.name=NAME``."""
+    for key in ("snapshot.id=", "snapshot.name="):
+        if text.startswith(key):
+            return text.removeprefix(key)
+    return text
+
+
+@asynccontextmanager
+async def opened(specs: Sequence[ImageSpec], roots: Sequence[Path] = ()) -> AsyncIterator[list[Node]]:
+    """The disks of all of them, closed at the end. ``-`` is what standard input holds."""
+    async with AsyncExitStack() as files:
+        nodes: list[Node] = []
+        for spec in specs:
+            node = await _open(spec, roots)
+            files.push_async_callback(node.close)
+            nodes.append(node)
+        yield nodes
+
+
+async def _open(spec: ImageSpec, roots: Sequence[Path]) -> Node:
+    if spec.path != STREAM:
+        return await open_image(spec, image_roots(spec.path, roots))
+    if spec.format not in (None, "raw"):
+        raise ConfigError(f"standard input is read from its beginning to its end, which {spec.format} images are not")
+    with tempfile.TemporaryFile() as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+        file.flush()
+        fd = os.dup(file.fileno())
+    storage = await FileStorage.from_fd(fd, "standard input", locking=False)
+    return Node([await RawDriver.open(storage, {}, read_only=True)])

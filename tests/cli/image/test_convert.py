@@ -1,0 +1,378 @@
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdserve.formats.registry import DRIVERS
+from nbdserve.storage.file import FileStorage
+from tests.cli.image.helpers import Ran, image, qemu_img
+from tests.support.images import needs_qemu, run
+
+pytestmark = needs_qemu
+
+SIZE = 3 << 20
+FORMATS = ("raw", "qcow", "qcow2", "qed", "vdi", "vmdk", "vhdx", "vpc", "parallels")
+"""What qemu-img and nbdserve both make and read."""
+WITH_BACKING = ("qcow", "qcow2", "qed")
+
+
+def converted(monkeypatch: Any, *arguments: str | Path) -> Ran:
+    """``image convert ARGUMENTS``, which has to succeed."""
+    ran = image(monkeypatch, "convert", *arguments)
+    assert (ran.code, ran.err) == (0, ""), (arguments, ran)
+    return ran
+
+
+def scribble(path: Path, form: str, seed: int, *, zeroes: bool = False) -> None:
+    """Writes of QEMU's, at random places of whole sectors; some of them zeroes in writing, or zero clusters."""
+    choose = random.Random(seed)
+    commands = []
+    for number in range(12):
+        start = choose.randrange(0, SIZE - 512, 512 if number % 2 else 65536)
+        length = min(choose.choice([512, 4096, 65536, 200 << 10]), SIZE - start)
+        commands += ["-c", f"write -P {choose.choice([0, 1 + number])} {start} {length}"]
+    if zeroes:
+        commands += ["-c", "write -z 1M 128k", "-c", "write -z 2600k 4k", "-c", "write -P 7 1M 4k"]
+    run("qemu-io", "-f", form, *commands, path)
+
+
+def make(path: Path, form: str, seed: int, *, base: Path | None = None) -> Path:
+    below = [] if base is None else ["-b", base, "-F", "raw"]
+    run("qemu-img", "create", "-q", "-f", form, *below, path, str(SIZE))
+    scribble(path, form, seed, zeroes=base is not None and form != "qcow")
+    return path
+
+
+def same(one: Path, form: str, other: Path, other_form: str) -> None:
+    run("qemu-img", "compare", "-f", form, "-F", other_form, one, other)
+
+
+def layer_map(path: Path, form: str, *, kinds: bool = True) -> list[tuple[int, int, bool]]:
+    """Start, end and whether it is data of what the image itself has before SIZE, by QEMU's map."""
+    merged: list[tuple[int, int, bool]] = []
+    for row in qemu_img("map", "--output", "json", "-f", form, path).json():
+        start, end = row["start"], min(row["start"] + row["length"], SIZE)
+        if row["depth"] or start >= SIZE:
+            continue
+        data = row["data"] and kinds  # data that is zero as well lies in a hole of the file
+        if merged and merged[-1][1:] == (start, data):
+            start = merged.pop()[0]
+        merged.append((start, end, data))
+    return merged
+
+
+@pytest.mark.parametrize("source", FORMATS)
+def test_every_pair_of_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    made = make(tmp_path / "source", source, FORMATS.index(source))
+    for target in FORMATS:
+        result = tmp_path / f"to.{target}"
+        converted(monkeypatch, "-f", source, "-O", target, made, result)
+        same(made, source, result, target)
+        if target not in ("raw", "qcow", "vpc"):
+            run("qemu-img", "check", "-q", "-f", target, result)
+
+
+@pytest.mark.parametrize("target", WITH_BACKING)
+@pytest.mark.parametrize("source", FORMATS)
+def test_copy_on_write_is_kept_as_qemu_img_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, target: str
+) -> None:
+    base = make(tmp_path / "base.raw", "raw", 1)
+    made = make(tmp_path / "source", source, 2, base=base if source in WITH_BACKING else None)
+    ours, stock = tmp_path / "ours", tmp_path / "stock"
+    spec = (
+        f'json:{{"driver":"qcow","file.filename":"{made}","backing.driver":"raw"}}' if source == "qcow" else str(made)
+    )
+    converted(
+        monkeypatch, "-O", target, "-B", base, "-F", "raw", *([] if source == "qcow" else ["-f", source]), spec, ours
+    )
+    run("qemu-img", "convert", "-f", source, "-O", target, "-B", base, "-F", "raw", made, stock)
+    same(made, source, ours, target)
+    # A write of QEMU's from a qcow image may end inside a cluster, which QED cannot zero then.
+    kinds = (source, target) != ("qcow", "qed")
+    assert layer_map(ours, target, kinds=kinds) == layer_map(stock, target, kinds=kinds)
+
+
+def test_vmdk_over_vmdk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, made = make(tmp_path / "base.vmdk", "vmdk", 1), tmp_path / "source"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "vmdk", made)
+    scribble(made, "qcow2", 2, zeroes=True)
+    ours, stock = tmp_path / "ours.vmdk", tmp_path / "stock.vmdk"
+    converted(monkeypatch, "-O", "vmdk", "-B", base, "-F", "vmdk", made, ours)
+    run("qemu-img", "convert", "-O", "vmdk", "-B", base, "-F", "vmdk", made, stock)
+    same(made, "qcow2", ours, "vmdk")
+    assert layer_map(ours, "vmdk") == layer_map(stock, "vmdk")
+
+
+def test_all_above_the_common_base_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make(tmp_path / "base", "qcow2", 1)
+    below: Path = base
+    for number in (2, 3):
+        top = tmp_path / f"layer{number}"
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", top)
+        run("qemu-io", "-c", f"write -P {number} {number * 256}k 64k", "-c", f"write -z {number}20k 64k", top)
+        below = top
+    target = tmp_path / "target"
+    converted(monkeypatch, "-O", "qcow2", "-B", base, top, target)
+    same(top, "qcow2", target, "qcow2")
+    assert qemu_img("info", "--output", "json", target).json()["backing-filename-format"] == "qcow2"
+    assert sum(end - start for start, end, data in layer_map(target, "qcow2") if data) == 128 << 10
+
+
+@pytest.mark.parametrize("longer", ["base", "overlay"])
+def test_a_base_of_another_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longer: str) -> None:
+    sizes = ("1M", "2M") if longer == "overlay" else ("2M", "1M")
+    base, top, target = (tmp_path / name for name in ("base", "top", "target"))
+    run("qemu-img", "create", "-q", "-f", "raw", base, sizes[0])
+    run("qemu-io", "-f", "raw", "-c", f"write -P 9 0 {sizes[0]}", base)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top, sizes[1])
+    run("qemu-io", "-c", "write -P 1 128k 64k", "-c", "write -z 512k 64k", top)
+    converted(monkeypatch, "-O", "qcow2", "-B", base, "-F", "raw", top, target)
+    same(top, "qcow2", target, "qcow2")
+
+
+def test_a_base_shorter_than_the_old_one_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new, top, target = (tmp_path / name for name in ("old", "new", "top", "target"))
+    old.write_bytes(b"\x05" * (1 << 20))
+    new.write_bytes(b"\x05" * (1 << 19))
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", old, "-F", "raw", top)
+    converted(monkeypatch, "-O", "qcow2", "-B", new, "-F", "raw", top, target)
+    same(top, "qcow2", target, "qcow2")
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["-o", "compression_type=zstd"], ["-o", "extended_l2=on"], ["-o", "refcount_bits=1"]]
+)
+def test_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    source = tmp_path / "source"
+    noise = random.Random(0).randbytes(70000)
+    source.write_bytes((b"text that repeats " * 40000 + noise + bytes(300000) + b"end" * 30000).ljust(SIZE - 512, b"."))
+    target = tmp_path / "target"
+    converted(monkeypatch, "-c", "-f", "raw", "-O", "qcow2", *options, source, target)
+    same(source, "raw", target, "qcow2")
+    check = qemu_img("check", "--output", "json", target).json()
+    assert check["compressed-clusters"] > 30
+    assert "leaks" not in check
+    assert "corruptions" not in check
+    if "refcount_bits=1" not in options:
+        stock = tmp_path / "stock"
+        run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", *options, source, stock)
+        assert target.stat().st_size <= stock.stat().st_size * 1.1
+
+
+def test_compressed_over_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make(tmp_path / "base.raw", "raw", 1)
+    made = make(tmp_path / "source", "qcow2", 2, base=base)
+    converted(monkeypatch, "-c", "-O", "qcow2", "-B", base, "-F", "raw", made, tmp_path / "target")
+    same(made, "qcow2", tmp_path / "target", "qcow2")
+    run("qemu-img", "check", "-q", tmp_path / "target")
+
+
+@pytest.mark.parametrize("flags", [[], ["-c"]])
+def test_stream_optimized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+    made = make(tmp_path / "source", "qcow2", 1)
+    target = tmp_path / "target.vmdk"
+    converted(monkeypatch, *flags, "-O", "vmdk", "-o", "subformat=streamOptimized", made, target)
+    same(made, "qcow2", target, "vmdk")
+
+
+def test_images_behind_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [make(tmp_path / f"part{number}", form, number) for number, form in enumerate(("qcow2", "raw", "vdi"))]
+    converted(monkeypatch, "-O", "qcow2", *parts, tmp_path / "ours")
+    run("qemu-img", "convert", "-O", "qcow2", *parts, tmp_path / "stock")
+    same(tmp_path / "ours", "qcow2", tmp_path / "stock", "qcow2")
+    ran = image(monkeypatch, "convert", "-O", "qcow2", "-B", parts[1], "-F", "raw", *parts, tmp_path / "new")
+    assert ran.code == 1
+    assert ran.err == "nbdserve: -B makes no sense when concatenating multiple input images\n"
+    assert not (tmp_path / "new").exists()
+
+
+def test_sparse_detection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "source"
+    source.write_bytes((b"x" * 4096 + bytes(8192)) * 50 + bytes(1 << 20))
+    for size, blocks in (("4k", 50 * 8), ("16k", 1184), ("0", (600 << 10) + (1 << 20) >> 9)):
+        target = tmp_path / "target"
+        converted(monkeypatch, "-S", size, "-f", "raw", source, target)
+        assert target.read_bytes() == source.read_bytes()
+        assert target.stat().st_blocks == blocks, size
+        target.unlink()
+    for wrong in ("1000", "32M"):
+        ran = image(monkeypatch, "convert", "-S", wrong, source, tmp_path / "target")
+        assert (ran.code, "Invalid buffer size for sparse output" in ran.err) == (1, True)
+
+
+def test_into_an_image_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(tmp_path / "source", "qcow2", 1)
+    target = make(tmp_path / "target", "qcow2", 5)
+    inode = target.stat().st_ino
+    converted(monkeypatch, "-n", "-O", "qcow2", made, target)
+    same(made, "qcow2", target, "qcow2")
+    assert target.stat().st_ino == inode
+    small = tmp_path / "small"
+    run("qemu-img", "create", "-q", "-f", "qcow2", small, "1M")
+    ran = image(monkeypatch, "convert", "-n", "-O", "qcow2", made, small)
+    assert ran.code == 1
+    assert "Output file is smaller than input file" in ran.err
+    fresh = tmp_path / "fresh"
+    run("qemu-img", "create", "-q", "-f", "qcow2", fresh, str(SIZE))
+    opts = f"driver=qcow2,file.filename={fresh}"
+    converted(monkeypatch, "-n", "--target-is-zero", "--target-image-opts", made, opts)
+    same(made, "qcow2", fresh, "qcow2")
+
+
+def test_a_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(tmp_path / "source", "qcow2", 1)
+    run("qemu-img", "convert", "-O", "raw", made, tmp_path / "before")
+    run("qemu-img", "snapshot", "-c", "one", made)
+    scribble(made, "qcow2", 2)
+    for word in ("one", "snapshot.name=one", "snapshot.id=1"):
+        converted(monkeypatch, "-l", word, made, tmp_path / "target")
+        same(tmp_path / "before", "raw", tmp_path / "target", "raw")
+
+
+def test_encrypted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(tmp_path / "source", "raw", 1)
+    (tmp_path / "secret").write_text("open sesame")
+    secret = ["--object", f"secret,id=s,file={tmp_path}/secret"]
+    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    converted(monkeypatch, "-f", "raw", "-O", "qcow2", *secret, "-o", options, made, tmp_path / "locked")
+    opts = f"driver=qcow2,file.filename={tmp_path}/locked,encrypt.key-secret=s"
+    run("qemu-img", "compare", *secret, "--image-opts", opts, f"driver=raw,file.filename={made}")
+    converted(monkeypatch, *secret, "--image-opts", opts, tmp_path / "unlocked")
+    same(made, "raw", tmp_path / "unlocked", "raw")
+    whole = tmp_path / "whole.luks"
+    converted(monkeypatch, "-f", "raw", "-O", "luks", *secret, "-o", "key-secret=s,iter-time=10", made, whole)
+    opts = f"driver=luks,file.filename={whole},key-secret=s"
+    run("qemu-img", "compare", *secret, "--image-opts", opts, f"driver=raw,file.filename={made}")
+    ran = image(monkeypatch, "convert", "-c", "-f", "raw", "-O", "qcow2", *secret, "-o", options, made, tmp_path / "no")
+    assert (ran.code, "encrypt" in ran.err) == (1, True)
+    assert not (tmp_path / "no").exists()
+
+
+def test_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(tmp_path / "source", "raw", 1)
+    for number in range(2):  # the second replaces the first
+        flat = tmp_path / "flat.vmdk"
+        converted(monkeypatch, "-f", "raw", "-O", "vmdk", "-o", "subformat=monolithicFlat", made, flat)
+        same(made, "raw", flat, "vmdk")
+        split = tmp_path / "split"
+        converted(monkeypatch, "-f", "raw", "-O", "qcow2", "-o", "data_file=split.data", made, split)
+        run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", "source", "split", cwd=tmp_path)
+        scribble(made, "raw", 5 + number)
+    assert sorted(os.listdir(tmp_path)) == ["flat-flat.vmdk", "flat.vmdk", "source", "split", "split.data"]
+    ran = image(monkeypatch, "convert", "-O", "qcow2", "-o", "data_file=../escaped", made, tmp_path / "new")
+    assert (ran.code, "cannot be made beside" in ran.err) == (1, True)
+
+
+def test_standard_output_and_input(tmp_path: Path) -> None:
+    made = make(tmp_path / "source", "qcow2", 1)
+    run("qemu-img", "convert", made, tmp_path / "raw")
+    program = [os.sys.executable, "-m", "nbdserve.cli.main", "image", "convert"]  # type: ignore[attr-defined]
+    piped = subprocess.run([*program, made, "-"], capture_output=True, check=True)
+    assert piped.stdout == (tmp_path / "raw").read_bytes()
+    subprocess.run([*program, "-f", "raw", "-O", "vdi", "-", tmp_path / "back"], input=piped.stdout, check=True)
+    same(made, "qcow2", tmp_path / "back", "vdi")
+
+
+def test_the_target_is_there_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(tmp_path / "source", "raw", 1)
+    target = tmp_path / "target"
+    target.write_text("precious")
+    target.chmod(0o600)
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    write = FileStorage.write_all
+    written = 0
+
+    async def full(self: FileStorage, pieces: Any) -> None:
+        nonlocal written
+        written += sum(len(data) for _, data in pieces)
+        if written > 1 << 20:
+            raise OSError(28, os.strerror(28), self.path)
+        await write(self, pieces)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FileStorage, "write_all", full)
+        ran = image(patched, "convert", "-f", "raw", "-O", "qcow2", "-S", "0", made, link)
+    assert ran.code == 1
+    assert "No space left on device" in ran.err
+    assert target.read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == ["link", "source", "target"]
+    converted(monkeypatch, "-f", "raw", "-O", "qcow2", made, link)
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o600
+    same(made, "raw", target, "qcow2")
+
+
+def test_what_cannot_be_read_becomes_zeroes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(tmp_path / "source", "raw", 1)
+    content = bytearray(made.read_bytes())
+    content[65536:131072] = b"\x01" * 65536
+    made.write_bytes(content)
+    read = FileStorage.read_into
+
+    async def broken(self: FileStorage, offset: int, buffer: memoryview) -> None:
+        if self.path == str(made) and offset < 70144 and offset + len(buffer) > 69632:
+            raise OSError(5, os.strerror(5))
+        await read(self, offset, buffer)
+
+    monkeypatch.setattr(FileStorage, "read_into", broken)
+    ran = image(monkeypatch, "convert", "-f", "raw", made, tmp_path / "target")
+    assert (ran.code, "Input/output error" in ran.err) == (1, True)
+    ran = image(monkeypatch, "convert", "--salvage", "-f", "raw", made, tmp_path / "target")
+    assert ran.code == 0
+    assert ran.err == "nbdserve: warning: error while reading offset 69632: [Errno 5] Input/output error\n"
+    content[69632:70144] = bytes(512)
+    assert (tmp_path / "target").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--target-is-zero", "source", "new"], 2, "--target-is-zero requires use of -n flag"),
+        (["--target-image-opts", "source", "new"], 2, "--target-image-opts requires use of -n flag"),
+        (["-m", "17", "source", "new"], 2, "Allowed number of coroutines is between 1 and 16"),
+        (["source"], 2, "Must specify image file name"),
+        (["-O", "nonsense", "source", "new"], 1, "unknown image format 'nonsense'"),
+        (["-c", "-O", "vdi", "source", "new"], 1, "Compression not supported for this file format"),
+        (["-B", "source", "-O", "qcow2", "source", "new"], 1, "requires explicit backing format (-F)"),
+        (["-B", "source", "-F", "raw", "-O", "vdi", "source", "new"], 1, "the parent of a VDI image is one too"),
+        (["-t", "often", "source", "new"], 1, "Invalid output cache option: often"),
+        (["-T", "often", "source", "new"], 1, "Invalid source cache option: often"),
+        (["--bitmaps", "source", "new"], 1, "--bitmaps"),
+        (["-r", "quick", "source", "new"], 1, "Invalid rate limit specified"),
+        (["-O", "qcow2", "-o", "nonsense=1", "source", "new"], 1, "unknown qcow2 option 'nonsense'"),
+        (["-O", "qcow2", "missing", "new"], 1, "missing"),
+        (["source", "source"], 1, "is in use"),
+    ],
+)
+def test_what_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, message: str
+) -> None:
+    make(tmp_path / "source", "raw", 1)
+    monkeypatch.chdir(tmp_path)
+    ran = image(monkeypatch, "convert", *arguments)
+    assert (ran.code, message in ran.err) == (code, True), ran
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(tmp_path / "source", "raw", 1)
+    ran = image(monkeypatch, "convert", "-p", "-f", "raw", made, tmp_path / "target")
+    assert ran.code == 0
+    assert "100%" in ran.err
+
+
+def test_the_options_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = image(monkeypatch, "convert", "-O", "qcow2", "-o", "help")
+    assert (ran.code, "cluster_size" in ran.out) == (0, True)
+
+
+def test_every_format_that_can_be_made_is_tried() -> None:
+    ours = {name for name in DRIVERS if DRIVERS[name].can("create")}
+    assert ours - set(FORMATS) == {"raw-cow", "luks"}

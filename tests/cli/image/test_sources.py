@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nbdserve.block.spec import ImageSpec
+from nbdserve.cli.image.sources import check_cache, opened, snapshot_name, source_spec
+from nbdserve.errors import ConfigError, ImageError
+
+
+def test_a_source_is_read_only() -> None:
+    spec = source_spec("a.img", ImageSpec("", "qcow2"), secrets={}, snapshot="snapshot.id=3")
+    assert (spec.path, spec.format, spec.read_only, spec.snapshot) == ("a.img", "qcow2", True, "3")
+    spec = source_spec("driver=vdi,file.filename=a.vdi", ImageSpec(""), image_opts=True, secrets={})
+    assert (spec.path, spec.format, spec.read_only, spec.snapshot) == ("a.vdi", "vdi", True, None)
+
+
+def test_snapshots() -> None:
+    assert [snapshot_name(text) for text in ("1", "snapshot.id=1", "snapshot.name=a=b")] == ["1", "1", "a=b"]
+
+
+def test_cache_modes() -> None:
+    assert check_cache("none", "source") == "none"
+    with pytest.raises(ConfigError, match="Invalid source cache option: no"):
+        check_cache("no", "source")
+
+
+async def test_several_at_once(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(name.encode() * 512)
+    specs = [ImageSpec(str(tmp_path / name), "raw", read_only=True) for name in ("a", "b")]
+    async with opened(specs) as nodes:
+        assert [bytes(await node.read(0, 1)) for node in nodes] == [b"a", b"b"]
+    with pytest.raises(ImageError):
+        async with opened([*specs, ImageSpec(str(tmp_path / "absent"), "raw", read_only=True)]):
+            pass
+
+
+async def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"piped" * 1000)))
+    async with opened([ImageSpec("-", read_only=True)]) as [node]:
+        assert bytes(await node.read(0, node.size)) == b"piped" * 1000
+    with pytest.raises(ConfigError, match="standard input is read from its beginning"):
+        async with opened([ImageSpec("-", "qcow2", read_only=True)]):
+            pass

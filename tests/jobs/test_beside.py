@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nbdserve.errors import ConfigError, ImageError
+from nbdserve.jobs.beside import Beside, check_companion
+from nbdserve.storage.file import FileStorage
+
+
+async def test_a_new_file_gets_its_name_at_the_end(tmp_path: Path) -> None:
+    beside = Beside(str(tmp_path / "image"))
+    await beside.open()
+    assert not beside.replaces
+    made = Path(beside.path)
+    assert (made.name, made.parent.parent) == ("image", tmp_path)
+    made.write_text("new")
+    made.with_name("part").write_text("its part")
+    assert not (tmp_path / "image").exists()
+    await beside.publish(["part"], sync=True)
+    await beside.close()
+    assert ((tmp_path / "image").read_text(), (tmp_path / "part").read_text()) == ("new", "its part")
+    assert sorted(os.listdir(tmp_path)) == ["image", "part"]
+
+
+async def test_what_is_not_published_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "image").write_text("old")
+    beside = Beside(str(tmp_path / "image"))
+    await beside.open()
+    assert beside.replaces
+    Path(beside.path).write_text("half")
+    await beside.close()
+    assert (os.listdir(tmp_path), (tmp_path / "image").read_text()) == (["image"], "old")
+
+
+async def test_a_file_in_use_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "image").write_text("old")
+    user = await FileStorage.open(str(tmp_path / "image"), read_only=True)
+    with pytest.raises(ImageError, match="in use"):
+        await Beside(str(tmp_path / "image")).open()
+    await user.close()
+    assert os.listdir(tmp_path) == ["image"]
+
+
+async def test_the_mode_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "image").write_text("old")
+    (tmp_path / "image").chmod(0o640)
+    beside = Beside(str(tmp_path / "image"))
+    await beside.open()
+    Path(beside.path).write_text("new")
+    await beside.publish(sync=False)
+    await beside.close()
+    assert (tmp_path / "image").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("name", ["/absolute", "../outside", "a/../../b"])
+def test_files_elsewhere(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be made beside"):
+        check_companion("image", name)
+    check_companion("image", "a/b")
