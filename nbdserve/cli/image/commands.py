@@ -14,6 +14,7 @@ _PLACES: Final = {
     "compare": "compare:compare",
     "dd": "dd:dd",
     "measure": "measure:measure",
+    "bench": "bench:bench",
     "info": "info:info",
     "map": "map:map_image",
     "check": "check:check",
