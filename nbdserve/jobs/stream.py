@@ -112,8 +112,8 @@ class Stream(NodeJob):
 
     def _step_ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
-        if not task.cancelled() and self._failure is None:
-            self._failure = task.exception()
+        error = None if task.cancelled() else task.exception()
+        self._failure = self._failure or error
 
     async def _drain(self) -> None:
         while self._running:
