@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
-from nbdserve.block import cow
+from nbdserve.block import cow, forms
 from nbdserve.block.chain import NEEDS_TABLE, resolve
 from nbdserve.block.drain import Gate
+from nbdserve.block.forms import READ_DATA, READ_SPLIT, READ_WAIT, READ_ZERO
 from nbdserve.block.pieces import Piece, add_piece, zero_pieces
 from nbdserve.block.places import LAYER_MASK, Places
 from nbdserve.block.requests import RangeLocks
@@ -27,15 +28,6 @@ from nbdserve.extents import COMPRESSED, DATA, ZERO
 from nbdserve.formats.base import Allocation, FormatDriver
 from nbdserve.storage.base import ReadBuffer, Storage
 from nbdserve.units import MIB, align_down, align_up
-
-READ_WAIT: Final = 0
-"""Nothing is known without waiting: use ``read_pieces``."""
-READ_DATA: Final = 1
-"""The buffer is filled."""
-READ_ZERO: Final = 2
-"""The whole range reads as zeroes; the buffer is not touched."""
-READ_SPLIT: Final = 3
-"""The range is made of several runs: use ``try_read_pieces``."""
 
 MAX_SYNC_PIECES: Final = 64
 """Runs that one read may be made of on the event loop, 2 to 3 us each; a read of more is handed to a task."""
@@ -97,41 +89,16 @@ class Node:
         for name in ("try_read_into", "try_read_pieces", "locate_read", "submit_write"):
             self.__dict__.pop(name, None)
         if self.gate.closed:
-            self.try_read_into = _try_no_read  # type: ignore[method-assign]
-            self.try_read_pieces = _try_no_pieces  # type: ignore[method-assign]
-            self.locate_read = _locate_nothing  # type: ignore[method-assign]
-            self.submit_write = _submit_nothing  # type: ignore[method-assign]
+            forms.refuse_all(self)
             return
         if Places.worthwhile(self.layers):
             self.try_read_into = self._try_read_placed  # type: ignore[method-assign]
         if self._guards:
-            self.submit_write = _submit_nothing  # type: ignore[method-assign]
+            self.submit_write = forms.refuse_write  # type: ignore[method-assign]
         elif self._watchers:
             self.submit_write = self._submit_watched  # type: ignore[method-assign]
         if self._widest > self.size:
-            self._check_bounds_first()
-
-    def _check_bounds_first(self) -> None:
-        """The disk has shrunk: what lies outside of it is left to the other forms, which refuse it."""
-        read, submit, size = self.try_read_into, self.submit_write, self.size
-        read_pieces, locate = self.try_read_pieces, self.locate_read
-
-        def try_read_into(offset: int, buffer: memoryview) -> int:
-            return READ_WAIT if offset + len(buffer) > size else read(offset, buffer)
-
-        def try_read_pieces(offset: int, buffer: memoryview) -> list[Piece] | None:
-            return None if offset + len(buffer) > size else read_pieces(offset, buffer)
-
-        def locate_read(offset: int, length: int) -> tuple[Storage, int] | None:
-            return None if offset + length > size else locate(offset, length)
-
-        def submit_write(offset: int, data: memoryview, done: Done) -> int:
-            return WRITE_WAIT if offset + len(data) > size else submit(offset, data, done)
-
-        self.try_read_into = try_read_into  # type: ignore[method-assign]
-        self.try_read_pieces = try_read_pieces  # type: ignore[method-assign]
-        self.locate_read = locate_read  # type: ignore[method-assign]
-        self.submit_write = submit_write  # type: ignore[method-assign]
+            forms.refuse_outside(self)
 
     @property
     def data(self) -> Storage:
@@ -513,19 +480,3 @@ class Node:
                     errors.append(error)
         if errors:
             raise errors[0]
-
-
-def _try_no_read(offset: int, buffer: memoryview) -> int:
-    return READ_WAIT
-
-
-def _try_no_pieces(offset: int, buffer: memoryview) -> list[Piece] | None:
-    return None
-
-
-def _locate_nothing(offset: int, length: int) -> tuple[Storage, int] | None:
-    return None
-
-
-def _submit_nothing(offset: int, data: memoryview, done: Done) -> int:
-    return WRITE_WAIT

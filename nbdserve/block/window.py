@@ -14,8 +14,9 @@ from typing import Final
 
 import numpy as np
 
+from nbdserve.block.forms import READ_DATA, READ_SPLIT, READ_ZERO
 from nbdserve.block.mapping import ChainMap, map_chain
-from nbdserve.block.node import READ_DATA, READ_SPLIT, READ_ZERO, Node
+from nbdserve.block.node import Node
 from nbdserve.block.pieces import zero_pieces
 from nbdserve.block.writer import WRITE_TAKEN, WRITE_WAIT
 from nbdserve.buffers import fill_zeroes

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from nbdserve.block.forms import READ_DATA
 from nbdserve.block.gathering import GatheringNode
-from nbdserve.block.node import READ_DATA, Node
+from nbdserve.block.node import Node
 from nbdserve.block.writer import WRITE_TAKEN, WRITE_WAIT
 from nbdserve.buffers import ReusedBuffer
 from nbdserve.errors import RequestError

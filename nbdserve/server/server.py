@@ -14,7 +14,7 @@ from typing import Final
 from nbdserve.exports.export import Export, ExportTable
 from nbdserve.server.budget import DEFAULT_LIMIT, Budget
 from nbdserve.server.connection import Connection
-from nbdserve.server.session import Buffers
+from nbdserve.server.payloads import Buffers
 from nbdserve.units import KIB
 
 log = logging.getLogger(__name__)

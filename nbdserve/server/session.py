@@ -13,20 +13,14 @@ from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from typing import Any, Final
 
+from nbdserve.block.forms import READ_DATA, READ_SPLIT, READ_WAIT, READ_ZERO
 from nbdserve.block.gathering import GatheringNode
-from nbdserve.block.node import READ_DATA, READ_SPLIT, READ_WAIT, READ_ZERO, Node
+from nbdserve.block.node import Node
 from nbdserve.block.pieces import Piece, zero_pieces
 from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN, WRITE_WAIT
-from nbdserve.buffers import BufferPool, ReusedBuffer
 from nbdserve.errors import ProtocolError, RequestError, errno_of
 from nbdserve.exports.export import Export
-from nbdserve.protocol.codec import (
-    SIMPLE,
-    data_chunk_head,
-    final_reply,
-    hole_chunk,
-    wire_error,
-)
+from nbdserve.protocol.codec import SIMPLE, data_chunk_head, final_reply, hole_chunk, wire_error
 from nbdserve.protocol.constants import (
     CMD_CACHE,
     CMD_DISC,
@@ -44,18 +38,13 @@ from nbdserve.protocol.constants import (
     REPLY_FLAG_DONE,
 )
 from nbdserve.protocol.handshake import Negotiated
-from nbdserve.protocol.transmission import (
-    RECEIVE_SIZE,
-    Request,
-    RequestParser,
-    pack_read_head,
-    read_head_size,
-)
+from nbdserve.protocol.transmission import Request, RequestParser, pack_read_head, read_head_size
 from nbdserve.protocol.validate import RequestRules
 from nbdserve.server.block_status import status_reply
-from nbdserve.server.budget import SMALL, Budget, Ticket
+from nbdserve.server.budget import SMALL
 from nbdserve.server.fast_lane import SEND_FILE_FROM, FastLane
 from nbdserve.server.output import Output
+from nbdserve.server.payloads import Buffers, Payloads
 from nbdserve.server.replies import SCRATCH_SIZE, SEND_AT, GatheringReplies, Replies
 from nbdserve.units import KIB, MIB
 
@@ -68,16 +57,6 @@ MAX_IN_FLIGHT_BYTES: Final = 48 * MIB
 
 _MAX_CACHED: Final = 256 * MIB
 """Read for one CACHE, a hint: without this 28 bytes from a client that then leaves keep a disk busy for hours."""
-
-
-class Buffers:
-    """The memory all sessions of an event loop share, and what they may take besides."""
-
-    def __init__(self, budget: Budget | None = None) -> None:
-        self.receive = ReusedBuffer(RECEIVE_SIZE)
-        self.scratch = ReusedBuffer(SCRATCH_SIZE)
-        self.pool = BufferPool(16 * MIB)
-        self.budget = budget or Budget()
 
 
 class Session:
@@ -108,8 +87,7 @@ class Session:
         self._output = output
         self._buffers = buffers
         self._budget = buffers.budget
-        self._waiting: Ticket | None = None
-        """For the payload that comes next."""
+        self._payloads = Payloads(buffers, self.resume)
         self._moved: int | None = None
         self._scratch = buffers.scratch
         gathering = GatheringNode.of(self.node)
@@ -122,7 +100,7 @@ class Session:
         self._on_idle = on_idle
         self._on_error = on_error
         self.rules = RequestRules(self.size, negotiated.flags, self.mode, bool(self.contexts))
-        self.parser = RequestParser(self.rules, self.mode, buffers.receive, self._take_payload)
+        self.parser = RequestParser(self.rules, self.mode, buffers.receive, self._payloads.take)
         self._head_size = read_head_size(self.mode)
         self._pack_head = pack_read_head(self.mode)
         self._fast_lane = FastLane(
@@ -181,7 +159,7 @@ class Session:
                 self._ready.send()  # what came before is answered
                 raise
             if not batch:
-                if self._waiting is not None:
+                if self._payloads.waiting:
                     self._stop(iter(()))
                     return
                 break
@@ -204,7 +182,9 @@ class Session:
 
     def _stop(self, requests: Iterator[Request]) -> None:
         """No room for more: keep what is not answered, and take nothing more from the socket."""
-        self._todo = [(*request[:6], None if request[6] is None else self._kept(request[6])) for request in requests]
+        self._todo = [
+            (*request[:6], None if request[6] is None else self._payloads.keep(request[6])) for request in requests
+        ]
         self.parser.save()
         self._ready.send()
         if self.reading:
@@ -225,12 +205,10 @@ class Session:
 
     def lost(self) -> None:
         """The client is gone: nothing more is received, and nobody waits for replies."""
-        if self._waiting is not None:
-            self._budget.withdraw(self._waiting)
-            self._waiting = None
+        self._payloads.withdraw()
         for payload in (self.parser.collecting, *(request[6] for request in self._todo)):
             if payload is not None:
-                self._give_payload(payload)
+                self._payloads.give(payload)
         self.parser.abandon()
         self._todo = []
         self.finish()
@@ -256,7 +234,7 @@ class Session:
     ) -> None:
         if error or self.draining:
             if payload is not None:
-                self._give_payload(payload)
+                self._payloads.give(payload)
             if kind != CMD_DISC:
                 self._refuse(error or errno.ESHUTDOWN, kind, cookie, offset, length)
         elif kind == CMD_READ:  # of nothing: drivers are asked for one byte at least
@@ -271,7 +249,7 @@ class Session:
         elif kind != CMD_DISC:
             content = None if payload is None else bytes(payload)
             if payload is not None:
-                self._give_payload(payload)
+                self._payloads.give(payload)
             self._begin(self._block_status(flags, cookie, offset, length, content), 0)
 
     def _refuse(self, error: int, kind: int, cookie: int, offset: int, length: int) -> None:
@@ -403,9 +381,9 @@ class Session:
             elif outcome == WRITE_TAKEN:
                 self._taken(length)
             if outcome != WRITE_WAIT:
-                self._give_payload(payload)
+                self._payloads.give(payload)
                 return
-        self._begin(self._write_slowly(flags, cookie, offset, self._kept(payload)), length)
+        self._begin(self._write_slowly(flags, cookie, offset, self._payloads.keep(payload)), length)
 
     def _taken(self, length: int) -> bool:
         """A submitted write is under way; whether there is room for another."""
@@ -443,32 +421,7 @@ class Session:
             self._reply_failure("WRITE", cookie, offset, len(payload), error)
         else:
             self._output.send(final_reply(self.mode, cookie, offset))
-        self._give_payload(payload)
-
-    def _take_payload(self, length: int) -> memoryview | None:
-        """Memory for a payload that does not fit into the shared buffer; None: it is waited for."""
-        if self._waiting is not None:
-            if not self._waiting.granted:
-                return None
-            self._waiting = None
-        elif not self._budget.take(length):
-            self._waiting = self._budget.queue(length, self.resume)
-            return None
-        return memoryview(self._buffers.pool.take(length))[:length]
-
-    def _kept(self, payload: memoryview) -> memoryview:
-        """``payload`` in memory of its own: other connections are about to use the shared buffer."""
-        if payload.obj is not self._buffers.receive.data:
-            return payload
-        self._budget.used += len(payload)
-        return memoryview(bytes(payload))
-
-    def _give_payload(self, payload: memoryview) -> None:
-        owner = payload.obj
-        if owner is not self._buffers.receive.data:
-            self._budget.give(len(payload))
-            if isinstance(owner, bytearray):
-                self._buffers.pool.give(owner)
+        self._payloads.give(payload)
 
     # --- everything else -------------------------------------------------------------------------------------------
 

@@ -245,16 +245,7 @@ class FileStorage(Storage):
         return blocking.is_cached(self._fd, offset, length)
 
     def send(self, socket_fd: int, offset: int, length: int) -> int:
-        sent = 0
-        while sent < length:
-            try:
-                count = os.sendfile(socket_fd, self._fd, offset + sent, length - sent)
-            except BlockingIOError:
-                break
-            if not count:
-                raise OSError(errno.EIO, f"{self.path}: the file ends before byte {offset + length}")
-            sent += count
-        return sent
+        return blocking.send_cached(self._fd, socket_fd, offset, length, self.path)
 
     def _forbid_try_write(self) -> None:
         self.try_write = super().try_write  # type: ignore[method-assign]

@@ -9,7 +9,8 @@ from contextvars import copy_context
 import pytest
 
 from nbdserve.block.drain import drained
-from nbdserve.block.node import READ_DATA, READ_WAIT, Node
+from nbdserve.block.forms import READ_DATA, READ_WAIT
+from nbdserve.block.node import Node
 from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN, WRITE_WAIT
 from nbdserve.errors import RequestError
 from nbdserve.storage.base import ReadBuffer

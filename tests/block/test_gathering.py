@@ -8,8 +8,9 @@ import random
 
 import pytest
 
+from nbdserve.block.forms import READ_DATA, READ_WAIT
 from nbdserve.block.gathering import GatheringNode
-from nbdserve.block.node import READ_DATA, READ_WAIT, Node
+from nbdserve.block.node import Node
 from nbdserve.block.watchers import Watcher
 from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN, WRITE_WAIT
 from nbdserve.extents import DATA, Run

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
+from nbdserve.block.forms import READ_DATA
 from nbdserve.block.lower import LowerNode
-from nbdserve.block.node import READ_DATA, Node
+from nbdserve.block.node import Node
 from nbdserve.units import KIB
 from tests.block.layers import overlay
 

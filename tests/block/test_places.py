@@ -7,7 +7,8 @@ import random
 import pytest
 
 from nbdserve.block import places
-from nbdserve.block.node import READ_DATA, READ_ZERO, Node
+from nbdserve.block.forms import READ_DATA, READ_ZERO
+from nbdserve.block.node import Node
 from nbdserve.block.places import Places
 from nbdserve.block.writer import WRITE_DONE
 from nbdserve.formats.raw import RawDriver

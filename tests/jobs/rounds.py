@@ -9,8 +9,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from nbdserve.block.forms import READ_DATA, READ_ZERO
 from nbdserve.block.graph import open_image
-from nbdserve.block.node import READ_DATA, READ_ZERO, Node
+from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
 from nbdserve.block.writer import WRITE_DONE, WRITE_WAIT
 from nbdserve.errors import JobError

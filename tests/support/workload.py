@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from nbdserve.block.node import READ_DATA, READ_ZERO, Node
+from nbdserve.block.forms import READ_DATA, READ_ZERO
+from nbdserve.block.node import Node
 from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN, WRITE_WAIT, Done
 from nbdserve.units import KIB, MIB, SECTOR_SIZE
 from tests.support.model import ModelDisk, Operation

@@ -11,8 +11,9 @@ from typing import Annotated, Final
 
 import typer
 
+from nbdserve.block.forms import READ_DATA, READ_ZERO
 from nbdserve.block.graph import image_roots, open_image
-from nbdserve.block.node import READ_DATA, READ_ZERO, Node
+from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import FileArgument, ForceShareOption, FormatOption, RootsOption
 from nbdserve.cli.image.sources import check_cache
