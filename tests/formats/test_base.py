@@ -34,6 +34,7 @@ def test_defining_a_method_is_what_makes_the_capability_true() -> None:
         "check",
         "allocate",
         "companions",
+        "resize",
     ]
     assert RawDriver.can("create")
     assert RawDriver.can("resize")
