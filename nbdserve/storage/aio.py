@@ -11,11 +11,12 @@ import ctypes
 import errno
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
 
 from nbdserve.storage.base import ReadBuffer
-from nbdserve.storage.syscalls import io_collect, io_setup, io_submit
+from nbdserve.storage.syscalls import io_collect, io_destroy, io_setup, io_submit
 from nbdserve.units import KIB, MIB
 
 FullWrite: TypeAlias = Callable[[int, int, ReadBuffer], None]
@@ -37,6 +38,8 @@ class _Ring:
 
     def __init__(self) -> None:
         self.context = io_setup(_MAX_REQUESTS)
+        # A context outlives its thread, and the machine has few: 65,536 requests in all by default.
+        weakref.finalize(self, io_destroy, self.context)
         self.staging = bytearray(_STAGING_SIZE)
         self.view = memoryview(self.staging)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.staging))

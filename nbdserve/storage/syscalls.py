@@ -26,9 +26,10 @@ _BLKDISCARD: Final = 0x1277
 _BLKZEROOUT: Final = 0x127F
 
 # The numbers below 424 differ between machines; those from there on do not.
-_SYS_IO_SETUP, _SYS_IO_SUBMIT, _SYS_IO_GETEVENTS = {"x86_64": (206, 209, 208), "aarch64": (0, 2, 4)}.get(
-    os.uname().machine, (-1, -1, -1)
-)
+_SYS_IO_SETUP, _SYS_IO_DESTROY, _SYS_IO_GETEVENTS, _SYS_IO_SUBMIT = {
+    "x86_64": (206, 207, 208, 209),
+    "aarch64": (0, 1, 4, 2),
+}.get(os.uname().machine, (-1, -1, -1, -1))
 _SYS_OPENAT2: Final = 437
 _SYS_CACHESTAT: Final = 451
 _STATX_DIOALIGN: Final = 0x2000
@@ -103,6 +104,11 @@ def io_setup(max_requests: int) -> ctypes.c_ulong:
     if _libc.syscall(_SYS_IO_SETUP, max_requests, ctypes.byref(context)) != 0:
         _raise_errno()
     return context
+
+
+def io_destroy(context: ctypes.c_ulong) -> None:
+    """io_destroy(2): give back a context in which no request is under way."""
+    _libc.syscall(_SYS_IO_DESTROY, context)
 
 
 def io_submit(context: ctypes.c_ulong, requests: ctypes.Array[ctypes.c_void_p], count: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -189,3 +190,21 @@ def test_the_memory_of_the_pieces_is_free_on_return(fd: int, batches: Batches) -
     for buffer in buffers:
         buffer[:] = b"\xdb" * 600
     assert os.pread(fd, 20 * 600, 0) == b"".join(bytes([number]) * 600 for number in range(20))
+
+
+def test_the_context_of_a_thread_ends_with_it() -> None:
+    def contexts() -> int:
+        return Path("/proc/self/maps").read_text().count("[aio]")
+
+    def work() -> None:
+        rings.append(aio._ring() is not None)
+        during.append(contexts())
+
+    before, rings, during = contexts(), list[bool](), list[int]()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    if not rings[0]:
+        pytest.skip("no AIO here")
+    assert during[0] > before
+    assert contexts() == before
