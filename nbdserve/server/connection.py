@@ -25,7 +25,7 @@ _EMPTY_POLLS: Final = 5
 _MOST_POLLED: Final = 64 if len(os.sched_getaffinity(0)) > 1 else 0
 """Then the other clients have their turn. On a single CPU the peer could not go on meanwhile."""
 _LONGEST_TURN: Final = 0.002
-"""Seconds, after which they have it sooner: 64 batches of long writes, or of encrypted reads, take 10 to 50 ms."""
+"""Seconds, after which they have it sooner: batches of long writes, or of encrypted reads, take their time."""
 _GIVE_UP: Final = 16
 _TRY_AGAIN: Final = 32
 

@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not chosen:
         print(f"no such geometry; there are: {', '.join(g.name for g in DIFFERENTIAL_GEOMETRIES)}", file=sys.stderr)
         return 2
+    if options.keep:
+        options.keep.mkdir(parents=True, exist_ok=True)
     started, failures = time.monotonic(), 0
     with ProcessPoolExecutor(options.jobs) as pool:
         rounds = {}

@@ -131,7 +131,7 @@ class Switch(_OnBitmap):
     _before: bool
 
     def act(self, bitmap: DirtyBitmap) -> None:
-        bitmap.check_usable()
+        bitmap.check_usable(reading=True)
         self._before, bitmap.disabled = bitmap.disabled, self.disabled
 
     async def abort(self) -> None:
