@@ -32,8 +32,8 @@ _ZERO_BY_STORAGE: Final = 64 * KIB
 _ZERO_STEP: Final = MIB
 """New space that is zeroed under one lock."""
 
-_Filling: TypeAlias = Callable[[Allocation, int], Awaitable[None]]
-"""Puts so many bytes of the guest, and around them what the allocation is to hold, into new space."""
+Filling: TypeAlias = Callable[[Allocation], Awaitable[None]]
+"""Puts what the allocation is to hold into new space."""
 
 
 async def write(node: Node, offset: int, data: memoryview) -> None:
@@ -77,48 +77,55 @@ async def _overwrite(node: Node, offset: int, data: memoryview) -> int:
 async def _write_new(node: Node, offset: int, data: memoryview) -> int:
     """Write the start of ``data`` to newly allocated space; the bytes written (0: the mapping changed, look again)."""
 
-    async def fill(allocation: Allocation, length: int) -> None:
-        await node.data.write_all(await _content(node, allocation, offset, data[:length]))
+    async def fill(allocation: Allocation) -> None:
+        inside = allocation.offset + allocation.length - offset
+        await node.data.write_all(await _content(node, allocation, offset, data[:inside]))
 
-    return await _fill_new(node, offset, len(data), fill)
+    return await _change_new(node, offset, len(data), fill)
 
 
 async def _zero_new(node: Node, offset: int, length: int, *, unmap: bool) -> int:
     """As ``_write_new``, of zeroes: the storage makes them. Offset and length are multiples of a sector."""
 
-    async def fill(allocation: Allocation, length: int) -> None:
+    async def fill(allocation: Allocation) -> None:
         start, stop = allocation.offset, allocation.offset + allocation.length
+        end = min(offset + length, stop)
         pieces: list[tuple[int, ReadBuffer]] = []
         await _fill(node, allocation, start, offset, pieces)
-        await _fill(node, allocation, offset + length, stop, pieces)
+        await _fill(node, allocation, end, stop, pieces)
         if pieces:
             await node.data.write_all(pieces)
-        await node.data.zero(allocation.host_offset + offset - start, length, unmap=unmap)
+        await node.data.zero(allocation.host_offset + offset - start, end - offset, unmap=unmap)
 
-    return await _fill_new(node, offset, length, fill)
+    return await _change_new(node, offset, length, fill)
 
 
-async def _fill_new(node: Node, offset: int, length: int, fill: _Filling) -> int:
+async def _change_new(node: Node, offset: int, length: int, fill: Filling) -> int:
+    """Let ``fill`` change the start of the range in new space; the bytes done (0: there is a place for it by now)."""
     top = node.top
     end = offset + length
     async with node.locks.exclusive(align_down(offset, top.cluster_size), align_up(end, top.cluster_size)):
         kind, length, _ = await _lookup_writable(node, offset, length)
         if kind == DATA:
             return 0
-        end = offset + length
         start = align_down(offset, top.granularity)
-        wanted = align_up(end, top.granularity) - start
-        while (allocation := top.allocate(start, wanted)) is None:
-            await top.prepare(start, wanted)
-        end = min(end, start + allocation.length)
-        try:
-            await fill(allocation, end - offset)
-        except Exception:
-            # A cancelled write may still be under way in a worker thread: its space is then leaked, never reused.
-            top.abandon(allocation)
-            raise
-        node.publish(allocation)
-        return end - offset
+        allocation = await fill_new(node, start, align_up(offset + length, top.granularity) - start, fill)
+        return min(offset + length, start + allocation.length) - offset
+
+
+async def fill_new(node: Node, start: int, length: int, fill: Filling) -> Allocation:
+    """Allocate the start of the range, whole units that are held exclusively, ``fill`` the space, and show it."""
+    top = node.top
+    while (allocation := top.allocate(start, length)) is None:
+        await top.prepare(start, length)
+    try:
+        await fill(allocation)
+    except Exception:
+        # A cancelled write may still be under way in a worker thread: its space is then leaked, never reused.
+        top.abandon(allocation)
+        raise
+    node.publish(allocation)
+    return allocation
 
 
 async def _content(node: Node, allocation: Allocation, offset: int, data: memoryview) -> list[tuple[int, ReadBuffer]]:
@@ -132,14 +139,14 @@ async def _content(node: Node, allocation: Allocation, offset: int, data: memory
     first, last = max(start, align_down(offset, SECTOR_SIZE)), min(stop, align_up(end, SECTOR_SIZE))
     sectors: ReadBuffer = data
     if first < offset or end < last:
-        sectors = b"".join((await _old_bytes(node, first, offset), data, await _old_bytes(node, end, last)))
+        sectors = b"".join((await old_bytes(node, first, offset), data, await old_bytes(node, end, last)))
     pieces: list[tuple[int, ReadBuffer]] = [(allocation.host_offset + first - start, sectors)]
     await _fill(node, allocation, start, first, pieces)
     await _fill(node, allocation, last, stop, pieces)
     return pieces
 
 
-async def _old_bytes(node: Node, start: int, end: int) -> bytearray:
+async def old_bytes(node: Node, start: int, end: int) -> bytearray:
     """What the guest range reads as; past the end of the disk zeroes, so that nothing stale appears when it grows."""
     old = bytearray(end - start)
     inside = min(end, node.size) - start
@@ -154,8 +161,8 @@ async def _fill(node: Node, allocation: Allocation, start: int, end: int, pieces
         return
     host_offset = allocation.host_offset + start - allocation.offset
     inside = min(end, node.size) - start
-    if inside > 0 and not await _reads_zero(node, start, inside):
-        pieces.append((host_offset, await _old_bytes(node, start, end)))
+    if inside > 0 and not await reads_zero(node, start, inside):
+        pieces.append((host_offset, await old_bytes(node, start, end)))
     elif not allocation.zeroed:
         if end - start < _ZERO_BY_STORAGE:
             pieces.append((host_offset, bytes(end - start)))
@@ -163,7 +170,7 @@ async def _fill(node: Node, allocation: Allocation, start: int, end: int, pieces
             await node.data.zero(host_offset, end - start)
 
 
-async def _reads_zero(node: Node, offset: int, length: int) -> bool:
+async def reads_zero(node: Node, offset: int, length: int) -> bool:
     """Whether the mapping alone tells that the range reads as zeroes."""
     return await _zero_run(node, offset, length) == (True, length)
 

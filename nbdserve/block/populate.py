@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from nbdserve.block.chain import NEEDS_TABLE, resolve
-from nbdserve.block.pieces import zero_pieces
+from nbdserve.block.cow import fill_new, old_bytes, reads_zero
 from nbdserve.extents import UNALLOCATED, ZERO
 from nbdserve.formats.base import Allocation
 from nbdserve.units import MIB, align_down, align_up
@@ -62,36 +63,18 @@ async def _fill(node: Node, start: int, stop: int, kind: int) -> int:
         return run[1]
     stop = min(stop, align_up(start + run[1], top.granularity))
     end = min(stop, node.size)
-    if kind == ZERO and await _all_zero(node, start, end):
+    if kind == ZERO and await reads_zero(node, start, end - start):
         while (done := node.zero_mapping(start, stop - start, unmap=False)) is None:
             await top.load(start)
         if done:
             return min(done, end - start)
     stop = min(stop, start + max(_LONGEST, top.granularity))
-    while (allocation := top.allocate(start, stop - start)) is None:
-        await top.prepare(start, stop - start)
-    try:
-        await _write(node, allocation)
-    except Exception:
-        top.abandon(allocation)
-        raise
-    node.publish(allocation)
+    allocation = await fill_new(node, start, stop - start, partial(_write, node))
     node.changes += 1
     return min(allocation.length, end - start)
 
 
-async def _all_zero(node: Node, start: int, end: int) -> bool:
-    while start < end:
-        kind, length, _ = await _decision(node, start, end - start)
-        if kind != ZERO:
-            return False
-        start += length
-    return True
-
-
 async def _write(node: Node, allocation: Allocation) -> None:
-    data = bytearray(allocation.length)
-    inside = min(allocation.length, node.size - allocation.offset)
-    view = memoryview(data)[:inside]
-    zero_pieces(view, await node.read_pieces_locked(allocation.offset, view))
+    """What the range reads as."""
+    data = await old_bytes(node, allocation.offset, allocation.offset + allocation.length)
     await node.data.write(allocation.host_offset, data)
