@@ -56,6 +56,10 @@ class JoinedStorage(Storage):
     def send(self, socket_fd: int, offset: int, length: int) -> int:
         return self.parts[offset >> PART_BITS].send(socket_fd, offset & INSIDE_PART, length)
 
+    def begin_writeback(self) -> None:
+        for part in self.parts:
+            part.begin_writeback()
+
     def hold(self) -> None:
         for part in self.parts:
             part.hold()

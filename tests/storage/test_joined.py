@@ -13,8 +13,11 @@ SECOND = 1 << PART_BITS
 class Watched(MemoryStorage):
     """Counts the calls that matter here."""
 
-    flushes = closes = stable = 0
+    flushes = closes = stable = writebacks = 0
     failure: OSError | None = None
+
+    def begin_writeback(self) -> None:
+        self.writebacks += 1
 
     async def flush(self) -> None:
         self.flushes += 1
@@ -111,3 +114,9 @@ def test_what_one_file_is_all_are() -> None:
     parts[1].alignment = 512
     both = JoinedStorage(parts, "both")
     assert (both.read_only, both.grows_zeroed, both.alignment) == (True, False, 512)
+
+
+async def test_writeback_is_begun_in_every_file() -> None:
+    storage, first, second = joined()
+    storage.begin_writeback()
+    assert (first.writebacks, second.writebacks) == (1, 1)

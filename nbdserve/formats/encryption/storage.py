@@ -15,8 +15,8 @@ from nbdserve.storage.pool import worker_pool
 from nbdserve.units import KIB, MIB, SECTOR_SIZE, align_down, align_up
 
 INLINE: Final = 256 * KIB
-"""Bytes that are converted on the event loop (250 us); more go to a worker thread. Less would not be worth the way: the
-threads hold the interpreter lock in turn, and several at a time take twice as long."""
+"""Bytes that are converted on the event loop (440 us); more go to a worker thread. Less would not be worth the way: the
+threads hold the interpreter lock in turn."""
 _ZERO_WRITE: Final = MIB
 _IN_SECTOR: Final = SECTOR_SIZE - 1
 
@@ -214,6 +214,9 @@ class EncryptedStorage(Storage):
     async def truncate(self, size: int) -> None:
         """Set the size; unlike elsewhere new space reads as noise."""
         await self.inner.truncate(self._start + size)
+
+    def begin_writeback(self) -> None:
+        self.inner.begin_writeback()
 
     async def extend(self, size: int) -> None:
         """Make it longer; unlike elsewhere new space reads as noise."""

@@ -228,3 +228,20 @@ def test_small_reads_and_writes_are_gathered() -> None:
     assert not storage.try_write(10, b"w"), "a part of a sector waits for the rest of it"
     assert [(place, sector) for _, place, (sector, _) in storage.writes] == [(START + 4096, 8)]
     assert inner._pages[0][START + 4096 : START + 8192] == ciphertext[4096:8192], "it is not written yet"
+
+
+async def test_the_file_is_what_is_extended_and_written_back() -> None:
+    class Told(MemoryStorage):
+        begun = 0
+
+        def begin_writeback(self) -> None:
+            self.begun += 1
+
+    inner = Told()
+    storage = encrypted(bytes(SECTOR_SIZE), inner)
+    storage.begin_writeback()
+    await storage.extend(4 * KIB)
+    assert inner.begun == 1
+    assert inner.size == START + 4 * KIB
+    await storage.extend(KIB)
+    assert storage.size == 4 * KIB
