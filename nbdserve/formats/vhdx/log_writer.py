@@ -47,6 +47,10 @@ class LogWriter:
         show blocks whose content is stable, in a file that replaying extends to its length. When there are several
         entries, each is complete by itself, and what shows something comes after what it shows.
 
+        The file is made as long as the entries promise before the first of them, whose flush makes that stable, too: a
+        write under way may have moved the end there already, which no flush covers yet. Without it a crash could leave
+        a file that ends inside a block an entry shows.
+
         The first entry is stable before a header names the log: a log that is named always has an entry.
         """
         if self.end > self.stable_size:

@@ -7,7 +7,7 @@ from uuid import uuid4
 
 from nbdserve.formats.tables import Piece
 from nbdserve.formats.vhdx.layout import NO_GUID, Header
-from nbdserve.formats.vhdx.log import PAGE, LogReader
+from nbdserve.formats.vhdx.log import ENTRY_HEAD, PAGE, LogReader
 from nbdserve.formats.vhdx.log_writer import LogWriter
 from nbdserve.formats.vhdx.structure import HeaderWriter
 from nbdserve.storage.base import ReadBuffer
@@ -138,3 +138,19 @@ async def test_a_commit_cuts_nothing_off_that_is_written_meanwhile() -> None:
     writer.end = 8 * MIB
     await writer.barrier_log([(3 * MIB, bytes(PAGE))])
     assert await storage.read(8 * MIB, 3) == b"new"
+
+
+async def test_the_length_an_entry_promises_is_stable_with_it() -> None:
+    class Told(_Journal):
+        async def extend(self, size: int) -> None:
+            self.epochs[-1].append((size, 0))
+            await super().extend(size)
+
+    storage = Told()
+    writer, _ = _writer(storage)
+    writer.stable_size, writer.end = 8 * MIB, storage.size  # a write under way has moved the end
+    await writer.barrier_log(_pages(random.Random(3), 1))
+    assert storage.epochs[0] == [(storage.size, 0), (MIB, 2 * PAGE)]
+    assert writer.stable_size == storage.size
+    entry = ENTRY_HEAD.parse(await storage.read(MIB, 64))
+    assert (entry.flushed_file_offset, entry.last_file_offset) == (8 * MIB, storage.size)
