@@ -354,7 +354,7 @@ class VmdkDriver(FormatDriver):
                 if len(self.extents) == 1 and not self._compressed:
                     self.lookup_writable = self.extents[0].lookup_writable  # type: ignore[method-assign]
             if self._pending:
-                await self._barrier_unclean()
+                await self._mark_unclean()
             if self._cache.crowded or any(self._is_crowded(extent) for extent in self.sparse):
                 await self._commit.settle()
             self._wanted = False
@@ -375,15 +375,16 @@ class VmdkDriver(FormatDriver):
         await self.storage.write_stable([(offset, new)])
         self.descriptor = replace(self.descriptor, cid=int(new, 16))
 
-    async def _barrier_unclean(self) -> None:
+    async def _mark_unclean(self) -> None:
         """``uncleanShutdown`` is set before the tables of an extent change.
 
         A crash may leave a grain table and its redundant copy with different entries; the mark tells others to look.
-        It only has to be written by then: the flush that stands before the tables of every commit covers it, too.
+        No barrier of its own: tables change on disk in a commit only, whose first flush (of the guest data) is of the
+        same files and makes the mark stable, too. Crash before that: the tables on disk are as they were.
         """
         marking = list(dict.fromkeys(self._pending))
         for extent in marking:
-            await extent.file.write_stable([(UNCLEAN_AT, b"\1")])
+            await extent.file.write(UNCLEAN_AT, b"\1")
             extent.needs_mark, extent.marked = False, True
         self._pending = [extent for extent in self._pending if extent not in marking]
 

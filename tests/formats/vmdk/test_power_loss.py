@@ -106,7 +106,7 @@ async def test_what_changed_has_another_content_id() -> None:
 
 
 async def test_tables_that_differ_from_their_copies_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control leaves the mark out: a flush of its own it does not need (see ``_barrier_unclean``)."""
+    """The control leaves the mark out: a flush of its own it does not need (see ``_mark_unclean``)."""
     assert not [seed for seed in SEEDS if _unlike_without_mark(await _used(seed), seed)]
 
     async def unmarked(self: VmdkDriver) -> None:
@@ -114,5 +114,5 @@ async def test_tables_that_differ_from_their_copies_are_marked(monkeypatch: pyte
             extent.needs_mark = False
         self._pending = []
 
-    monkeypatch.setattr(VmdkDriver, "_barrier_unclean", unmarked)
+    monkeypatch.setattr(VmdkDriver, "_mark_unclean", unmarked)
     assert [seed for seed in SEEDS if _unlike_without_mark(await _used(seed), seed)]
