@@ -97,6 +97,24 @@ class JobControl:
             if entry in self._uses.get(job, ()):
                 raise QmpError(f"Node '{entry.name}' is busy: block device is in use by block job: {job.type}")
 
+    def check_target(self, entry: NodeEntry) -> None:
+        """QmpError when a new job may not write the node: somebody uses it, or it is read-only."""
+        self.check_free(entry)
+        if entry.users:
+            raise QmpError(f"Node '{entry.name}' is in use by {entry.users[0]}")
+        if entry.node.read_only:
+            raise QmpError(f"Block node is read-only: '{entry.name}' cannot be written")
+
+    def new_id(self, job_id: str | None, entry: NodeEntry) -> str:
+        """The id of a new job on the node. QmpError when a job works on that already, JobError for the id.
+
+        Ask before the job is made, for making it takes the node. Without an id it would be that of the device, of which
+        a node is none.
+        """
+        self.jobs.check_id(job_id or "")
+        self.check_free(entry)
+        return job_id or ""
+
     def add(self, job: Job, *uses: NodeEntry, succeeded: Callable[[], None] | None = None) -> None:
         """Let ``job`` be known, and keep the nodes it uses from being deleted. JobError as ``JobSet.add``.
 

@@ -28,12 +28,16 @@ class JobSet:
     def __len__(self) -> int:
         return len(self._jobs)
 
+    def check_id(self, job_id: str) -> None:
+        """JobError when no new job may have this id: it is none, or it is taken."""
+        if not _ID.fullmatch(job_id):
+            raise JobError(f"Invalid job ID '{job_id}'")
+        if job_id in self._jobs:
+            raise JobError(f"Job ID '{job_id}' already in use")
+
     def add(self, job: Job) -> None:
-        """``job`` is known from now on, until it is dismissed. JobError when its id cannot be, or is taken."""
-        if not _ID.fullmatch(job.id):
-            raise JobError(f"Invalid job ID '{job.id}'")
-        if job.id in self._jobs:
-            raise JobError(f"Job ID '{job.id}' already in use")
+        """``job`` is known from now on, until it is dismissed. JobError as ``check_id``."""
+        self.check_id(job.id)
         self._jobs[job.id] = job
         job.announce(self._tell)
 

@@ -77,3 +77,22 @@ async def test_a_failure_and_a_cancellation() -> None:
     cancelled.cancel(force=True)
     await cancelled.wait()
     assert "BLOCK_JOB_CANCELLED" in [name for name, _ in log]
+
+
+async def test_what_a_new_job_may_have() -> None:
+    jobs = JobControl(Events())
+    node = await entry("n")
+    for identity in (None, "", "1j", "a b"):
+        with pytest.raises(JobError, match=f"Invalid job ID '{identity or ''}'"):
+            jobs.new_id(identity, node)
+    jobs.check_target(node)
+    node.users.append("export 'e'")
+    with pytest.raises(QmpError, match="Node 'n' is in use by export 'e'"):
+        jobs.check_target(node)
+    assert jobs.new_id("j", node) == "j"
+    job = Backup("j")
+    jobs.add(job)
+    with pytest.raises(JobError, match="Job ID 'j' already in use"):
+        jobs.new_id("j", node)
+    job.force_cancel()
+    await job.wait()

@@ -9,7 +9,7 @@ from nbdserve.admin.command import Command
 from nbdserve.admin.commands.live import OnError
 from nbdserve.admin.control import Control
 from nbdserve.admin.errors import QmpError
-from nbdserve.admin.nodes import WELL_FORMED, NodeEntry
+from nbdserve.admin.nodes import NodeEntry
 from nbdserve.admin.schema import Arguments, Int
 from nbdserve.admin.transaction import Action, execute
 from nbdserve.block.node import Node
@@ -57,27 +57,22 @@ class BackupAction(Action):
 
     async def prepare(self) -> None:
         given, jobs = self._arguments, self._control.jobs
+        is_zero = await _reads_as_zero(self._control.nodes.either(given.target).node)
+        # Nothing is awaited from here on, so that what is checked is still so when the job takes its nodes.
         source, target = self._source, self._control.nodes.either(given.target)
         if source is target:
             raise QmpError("Source and target cannot be the same")
-        jobs.check_free(target)
-        if target.users:
-            raise QmpError(f"Node '{target.name}' is in use by {target.users[0]}")
-        if target.node.read_only:
-            raise QmpError(f"Block node is read-only: '{target.name}' cannot be written")
+        jobs.check_target(target)
         if target.node.size != source.node.size:
             raise QmpError("Source and target image have different sizes")
         mode = check_modes(given.sync, given.bitmap, given.bitmap_mode)
         bitmaps = source.node.bitmaps
         bitmap = None if given.bitmap is None else find_bitmap(bitmaps, given.bitmap)
-        if given.job_id is None or not WELL_FORMED.fullmatch(given.job_id):
-            raise QmpError(f"Invalid job ID '{given.job_id or ''}'")
-        jobs.check_free(source)
-        is_zero = await _reads_as_zero(target.node)
+        identity = jobs.new_id(given.job_id, source)
         sync = None if bitmap is None or mode is None else BitmapSync(bitmaps, bitmap, mode)
         try:
             job = Backup(
-                given.job_id,
+                identity,
                 source.node,
                 target.node,
                 sync=given.sync,
@@ -96,13 +91,7 @@ class BackupAction(Action):
             if sync is not None:
                 sync.finish(False)
             raise
-        try:
-            jobs.add(job, source, target)
-        except BaseException:
-            source.node.busy_with = ""
-            if sync is not None:
-                sync.finish(False)
-            raise
+        jobs.add(job, source, target)
         self._job = job
 
     def commit(self) -> None:

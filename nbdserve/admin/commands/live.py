@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, TypeAlias
 from nbdserve.admin.command import Command
 from nbdserve.admin.control import Control
 from nbdserve.admin.errors import DEVICE_NOT_FOUND, QmpError
-from nbdserve.admin.nodes import WELL_FORMED, NodeEntry
+from nbdserve.admin.nodes import NodeEntry
 from nbdserve.admin.schema import Arguments, Int, Uint32
 from nbdserve.formats.base import BackingReference
 from nbdserve.jobs.commit import ActiveCommit, Commit
@@ -78,13 +78,9 @@ async def blockdev_mirror(control: Control, arguments: Mirroring) -> None:
         raise QmpError("Can't mirror node into itself")
     if not (512 <= arguments.granularity <= 64 << 20 and is_power_of_two(arguments.granularity)):
         raise QmpError("Parameter 'granularity' expects a value in range [512B, 64MB]")
-    control.jobs.check_free(target)
-    if target.users:
-        raise QmpError(f"Node '{target.name}' is in use by {target.users[0]}")
-    if target.node.read_only:
-        raise QmpError(f"Block node is read-only: '{target.name}' cannot be written")
+    control.jobs.check_target(target)
     job = Mirror(
-        _identity(control, arguments, entry),
+        control.jobs.new_id(arguments.job_id, entry),
         entry.node,
         target.node,
         sync=arguments.sync,
@@ -118,7 +114,7 @@ async def block_commit(control: Control, arguments: Committing) -> None:
     base = _layer(control, entry, arguments.base_node, arguments.base, "base", len(layers) - 1)
     if base <= top:
         raise QmpError("'top' and 'base' are not in the order of the chain")
-    identity = _identity(control, arguments, entry)
+    identity = control.jobs.new_id(arguments.job_id, entry)
     job: Job
     if top == 0:
         if arguments.backing_file is not None:
@@ -130,7 +126,8 @@ async def block_commit(control: Control, arguments: Committing) -> None:
         job = Commit(
             identity, entry.node, top, base, backing=backing, on_error=arguments.on_error, **_options(arguments)
         )
-    begin(control, job, entry)
+    control.jobs.add(job, entry)
+    job.start()
 
 
 async def block_stream(control: Control, arguments: Streaming) -> None:
@@ -149,29 +146,15 @@ async def block_stream(control: Control, arguments: Streaming) -> None:
         raise QmpError("backing file specified, but streaming the entire chain")
     backing = None if base == len(layers) else _reference(arguments.backing_file, layers[base].name)
     job = Stream(
-        _identity(control, arguments, entry),
+        control.jobs.new_id(arguments.job_id, entry),
         entry.node,
         base if base < len(layers) else None,
         backing=backing,
         on_error=arguments.on_error,
         **_options(arguments),
     )
-    begin(control, job, entry)
-
-
-def begin(control: Control, job: Job, *uses: NodeEntry) -> None:
-    """Start a job that uses the nodes."""
-    control.jobs.add(job, *uses)
+    control.jobs.add(job, entry)
     job.start()
-
-
-def _identity(control: Control, arguments: Any, entry: NodeEntry) -> str:
-    """The id of the job; without one it is that of the device, of which a node is none."""
-    identity: str | None = arguments.job_id
-    if identity is None or not WELL_FORMED.fullmatch(identity):
-        raise QmpError(f"Invalid job ID '{identity or ''}'")
-    control.jobs.check_free(entry)
-    return identity
 
 
 def _options(arguments: Arguments) -> dict[str, Any]:
