@@ -10,6 +10,7 @@ import typer
 from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import (
     FormatOption,
+    QuietOption,
     RootsOption,
     SecretEnvOption,
     SecretFileOption,
@@ -34,7 +35,7 @@ def amend(
         list[str] | None,
         typer.Option("-o", metavar="NAME=VALUE,...", help="What to change; `-o help` lists it.", show_default=False),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+    quiet: QuietOption = False,
     image_root: RootsOption = None,
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,

@@ -15,13 +15,21 @@ from nbdserve.block.forms import READ_DATA, READ_ZERO
 from nbdserve.block.graph import image_roots, open_image
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
-from nbdserve.cli.image.common import FileArgument, ForceShareOption, FormatOption, RootsOption
-from nbdserve.cli.image.sources import check_cache
+from nbdserve.cli.image.common import (
+    FileArgument,
+    ForceShareOption,
+    FormatOption,
+    ImageOptsOption,
+    ObjectsOption,
+    QuietOption,
+    RootsOption,
+    check_cache,
+    parsed_size,
+)
 from nbdserve.cli.usage import UsageError
 from nbdserve.config.image_opts import image_from_filename, image_from_opts
 from nbdserve.config.secrets import secrets_of_objects
 from nbdserve.errors import ConfigError
-from nbdserve.units import parse_size
 
 _MOST: Final = (1 << 31) - 1
 
@@ -58,49 +66,36 @@ def bench(
         bool, typer.Option("--no-drain", help="Flush without waiting for the requests in flight.")
     ] = False,
     cache: Annotated[str, typer.Option("-t", metavar="CACHE", help="Cache mode.")] = "writeback",
-    image_opts: Annotated[
-        bool, typer.Option("--image-opts", help="FILE is given as `driver=FMT,file.filename=FILE,...`.")
-    ] = False,
-    objects: Annotated[
-        list[str] | None,
-        typer.Option("--object", metavar="secret,id=ID,file=FILE", help="A passphrase.", show_default=False),
-    ] = None,
+    image_opts: ImageOptsOption = False,
+    objects: ObjectsOption = None,
     force_share: ForceShareOption = False,
     image_root: RootsOption = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    quiet: QuietOption = False,
 ) -> int:
     """Measure how long a sequence of reads, or writes, of an image takes."""
     if not write and flush_interval:
         raise UsageError("--flush-interval is only available in write tests")
     if flush_interval and flush_interval < depth:
         raise UsageError("Flush interval can't be smaller than depth")
-    length = _size(size, "buffer size", 1)
+    length = parsed_size(size, "buffer size", 1, _MOST)
     asked = _Bench(
         count=count,
         depth=depth,
         size=length,
-        step=_size(step, "step size", 0) or length,
-        offset=_size(offset, "offset", 0),
+        step=parsed_size(step, "step size", 0, _MOST) or length,
+        offset=parsed_size(offset, "offset"),
         write=write,
         pattern=pattern,
         flush_interval=flush_interval,
         drain=not no_drain,
     )
     parse = image_from_opts if image_opts else image_from_filename
-    flags = ImageSpec("", format_name, read_only=not write, cache=check_cache(cache, "image"), force_share=force_share)
+    flags = ImageSpec(
+        "", format_name, read_only=not write, cache=check_cache(cache, "image cache option"), force_share=force_share
+    )
     spec = parse(file, flags, secrets_of_objects(objects or []))
     asyncio.run(_bench(spec, image_root or (), asked, quiet=quiet))
     return 0
-
-
-def _size(text: str, what: str, least: int) -> int:
-    try:
-        size = parse_size(text)
-    except ValueError as error:
-        raise ConfigError(f"Invalid {what} specified: {error}") from None
-    if size < least or (what != "offset" and size > _MOST):
-        raise ConfigError(f"Invalid {what} specified. Must be between {least} and {_MOST}.")
-    return size
 
 
 async def _bench(spec: ImageSpec, roots: Sequence[Path], asked: _Bench, *, quiet: bool) -> None:

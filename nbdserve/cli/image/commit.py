@@ -10,14 +10,19 @@ import typer
 
 from nbdserve.block.graph import open_image
 from nbdserve.block.node import Node
-from nbdserve.block.spec import CACHE_MODES, ImageSpec
+from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import (
     FileArgument,
     FormatOption,
+    ProgressOption,
+    QuietOption,
+    RateOption,
     RootsOption,
     SecretEnvOption,
     SecretFileOption,
+    check_cache,
     full_name,
+    parsed_size,
     roots_for,
 )
 from nbdserve.cli.image.percent import run_shown
@@ -26,7 +31,6 @@ from nbdserve.config.secrets import chosen_secret
 from nbdserve.errors import ConfigError
 from nbdserve.jobs.commit import ActiveCommit
 from nbdserve.storage.roots import ImageRoots
-from nbdserve.units import parse_size
 
 
 def commit(
@@ -44,22 +48,16 @@ def commit(
     ] = None,
     drop: Annotated[bool, typer.Option("-d", help="Do not empty the image afterwards.")] = False,
     cache: Annotated[str, typer.Option("-t", metavar="CACHE", help="The cache mode.")] = "writeback",
-    rate: Annotated[
-        str | None, typer.Option("-r", metavar="RATE", help="Bytes a second, at most.", show_default=False)
-    ] = None,
-    progress: Annotated[bool, typer.Option("-p", help="Show how far it is.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+    rate: RateOption = None,
+    progress: ProgressOption = False,
+    quiet: QuietOption = False,
     image_root: RootsOption = None,
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,
 ) -> int:
     """Write what an image holds into its backing file, or into one further down, and empty the image."""
-    if cache not in CACHE_MODES:
-        raise ConfigError(f"Invalid cache option: {cache}: use one of {', '.join(CACHE_MODES)}")
-    try:
-        speed = 0 if rate is None else parse_size(rate)
-    except ValueError as error:
-        raise ConfigError(f"Invalid rate limit specified: {error}") from None
+    check_cache(cache, "cache option")
+    speed = 0 if rate is None else parsed_size(rate, "rate limit")
     flags = ImageSpec(file, format_name, cache=cache, discard="unmap", secret=chosen_secret(secret_file, secret_env))
     spec = image_from_filename(file, flags)
     roots = roots_for(spec.path, image_root)

@@ -11,13 +11,14 @@ import typer
 
 from nbdserve.block import description
 from nbdserve.block.graph import image_roots, open_alone, open_storage
-from nbdserve.block.spec import ImageSpec
+from nbdserve.block.spec import CACHE_MODES, ImageSpec
 from nbdserve.config.image_opts import image_from_filename
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.probe import probe
 from nbdserve.storage.base import Storage
 from nbdserve.storage.roots import ImageRoots
+from nbdserve.units import parse_size
 
 
 class Output(StrEnum):
@@ -57,6 +58,43 @@ SecretEnvOption: TypeAlias = Annotated[
         "--secret-env", metavar="NAME", help="The environment variable with the passphrase.", show_default=False
     ),
 ]
+
+
+ImageOptsOption: TypeAlias = Annotated[
+    bool, typer.Option("--image-opts", help="Images are given as `driver=FMT,file.filename=FILE,...`.")
+]
+ObjectsOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--object", metavar="secret,id=ID,file=FILE", help="A passphrase.", show_default=False),
+]
+OutputFormatOption: TypeAlias = Annotated[str, typer.Option("-O", metavar="FMT", help="Format of the new image.")]
+CreateOptionsOption: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("-o", metavar="NAME=VALUE,...", help="As of `create`; `-o help` lists them.", show_default=False),
+]
+RateOption: TypeAlias = Annotated[
+    str | None, typer.Option("-r", metavar="RATE", help="Bytes a second, at most.", show_default=False)
+]
+ProgressOption: TypeAlias = Annotated[bool, typer.Option("-p", help="Show how far it is.")]
+QuietOption: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def check_cache(mode: str, option: str) -> str:
+    """``mode`` if it is one; ConfigError, which calls the option as ``option`` says."""
+    if mode not in CACHE_MODES:
+        raise ConfigError(f"Invalid {option}: {mode}: use one of {', '.join(CACHE_MODES)}")
+    return mode
+
+
+def parsed_size(text: str, what: str, least: int = 0, most: int | None = None) -> int:
+    """The bytes that ``text`` stands for (``parse_size``). ConfigError, which calls them ``what``."""
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"Invalid {what} specified: {error}") from None
+    if size < least or (most is not None and size > most):
+        raise ConfigError(f"Invalid {what} specified. Must be between {least} and {most}.")
+    return size
 
 
 full_name = description.full_name

@@ -14,9 +14,19 @@ import typer
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.boundary import complain
-from nbdserve.cli.image.common import ForceShareOption, RootsOption, SecretEnvOption, SecretFileOption
+from nbdserve.cli.image.common import (
+    ForceShareOption,
+    ImageOptsOption,
+    ObjectsOption,
+    ProgressOption,
+    QuietOption,
+    RootsOption,
+    SecretEnvOption,
+    SecretFileOption,
+    check_cache,
+)
 from nbdserve.cli.image.progress import run_job
-from nbdserve.cli.image.sources import check_cache, opened, source_spec
+from nbdserve.cli.image.sources import opened, source_spec
 from nbdserve.config.secrets import chosen_secret, secrets_of_objects
 from nbdserve.errors import NbdserveError
 from nbdserve.jobs.compare import CompareJob, first_status_mismatch
@@ -39,19 +49,14 @@ def compare(
     ] = None,
     strict: Annotated[bool, typer.Option("-s", help="Sizes and what is allocated have to be equal as well.")] = False,
     cache: Annotated[str, typer.Option("-T", metavar="CACHE", help="Cache mode.")] = "writeback",
-    image_opts: Annotated[
-        bool, typer.Option("--image-opts", help="The images are given as `driver=FMT,file.filename=FILE,...`.")
-    ] = False,
-    objects: Annotated[
-        list[str] | None,
-        typer.Option("--object", metavar="secret,id=ID,file=FILE", help="A passphrase.", show_default=False),
-    ] = None,
+    image_opts: ImageOptsOption = False,
+    objects: ObjectsOption = None,
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,
     force_share: ForceShareOption = False,
     image_root: RootsOption = None,
-    progress: Annotated[bool, typer.Option("-p", help="Show how far it is.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    progress: ProgressOption = False,
+    quiet: QuietOption = False,
 ) -> int:
     """Look whether two images have the same content; the longer one may go on with zeroes.
 
@@ -61,7 +66,7 @@ def compare(
     flags = ImageSpec(
         "",
         format_name,
-        cache=check_cache(cache, "source"),
+        cache=check_cache(cache, "source cache option"),
         force_share=force_share,
         secret=chosen_secret(secret_file, secret_env),
     )

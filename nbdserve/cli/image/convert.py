@@ -16,10 +16,25 @@ import typer
 from nbdserve.block.graph import image_roots, open_image
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
-from nbdserve.cli.image.common import ForceShareOption, RootsOption, SecretEnvOption, SecretFileOption, full_name
+from nbdserve.cli.image.common import (
+    CreateOptionsOption,
+    ForceShareOption,
+    ImageOptsOption,
+    ObjectsOption,
+    OutputFormatOption,
+    ProgressOption,
+    QuietOption,
+    RateOption,
+    RootsOption,
+    SecretEnvOption,
+    SecretFileOption,
+    check_cache,
+    full_name,
+    parsed_size,
+)
 from nbdserve.cli.image.create import image_secret, options_help, parse_option_list
 from nbdserve.cli.image.progress import run_job
-from nbdserve.cli.image.sources import STREAM, check_cache, opened, source_spec
+from nbdserve.cli.image.sources import STREAM, opened, source_spec
 from nbdserve.cli.image.stream import StreamTarget
 from nbdserve.cli.usage import UsageError
 from nbdserve.config.image_opts import image_from_filename, image_from_opts
@@ -31,7 +46,7 @@ from nbdserve.jobs.convert import CommonBase, ConvertJob, layers_above
 from nbdserve.jobs.copy import CopyOptions, unit_for
 from nbdserve.jobs.target import NewImage, TargetImage
 from nbdserve.storage.file import FileStorage
-from nbdserve.units import KIB, MIB, SECTOR_SIZE, parse_size
+from nbdserve.units import KIB, MIB, SECTOR_SIZE
 
 _MOST_SPARSE: Final = 16 * MIB
 
@@ -69,7 +84,7 @@ def convert(
     format_name: Annotated[
         str | None, typer.Option("-f", metavar="FMT", help="Format of the images. Default: probed.", show_default=False)
     ] = None,
-    output_format: Annotated[str, typer.Option("-O", metavar="FMT", help="Format of the new image.")] = "raw",
+    output_format: OutputFormatOption = "raw",
     base: Annotated[
         str | None,
         typer.Option(
@@ -89,10 +104,7 @@ def convert(
             show_default=False,
         ),
     ] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("-o", metavar="NAME=VALUE,...", help="As of `create`; `-o help` lists them.", show_default=False),
-    ] = None,
+    options: CreateOptionsOption = None,
     compress: Annotated[bool, typer.Option("-c", help="Compress the data, on all processors.")] = False,
     sparse: Annotated[
         str,
@@ -104,9 +116,7 @@ def convert(
     ] = False,
     out_of_order: Annotated[bool, typer.Option("-W", help="Let writes overtake each other.")] = False,
     requests: Annotated[int, typer.Option("-m", metavar="N", help="Requests in flight, 1 to 16.")] = 8,
-    rate: Annotated[
-        str | None, typer.Option("-r", metavar="RATE", help="Bytes a second, at most.", show_default=False)
-    ] = None,
+    rate: RateOption = None,
     cache: Annotated[
         str,
         typer.Option(
@@ -127,20 +137,15 @@ def convert(
     skip_broken_bitmaps: Annotated[
         bool, typer.Option("--skip-broken-bitmaps", help="With --bitmaps: those that can be.")
     ] = False,
-    image_opts: Annotated[
-        bool, typer.Option("--image-opts", help="The images are given as `driver=FMT,file.filename=FILE,...`.")
-    ] = False,
+    image_opts: ImageOptsOption = False,
     target_image_opts: Annotated[bool, typer.Option("--target-image-opts", help="So is the target; with -n.")] = False,
-    objects: Annotated[
-        list[str] | None,
-        typer.Option("--object", metavar="secret,id=ID,file=FILE", help="A passphrase.", show_default=False),
-    ] = None,
+    objects: ObjectsOption = None,
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,
     force_share: ForceShareOption = False,
     image_root: RootsOption = None,
-    progress: Annotated[bool, typer.Option("-p", help="Show how far it is.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    progress: ProgressOption = False,
+    quiet: QuietOption = False,
 ) -> int:
     """Copy the disk of an image into a new image, of any format, or keep it a copy-on-write image of BASE.
 
@@ -176,12 +181,14 @@ def convert(
     flags = ImageSpec(
         "",
         format_name,
-        cache=check_cache(source_cache, "source"),
+        cache=check_cache(source_cache, "source cache option"),
         force_share=force_share,
         secret=chosen_secret(secret_file, secret_env),
     )
     parse = image_from_opts if target_image_opts else image_from_filename
-    target_flags = ImageSpec("", None if target_image_opts else output_format, cache=check_cache(cache, "output"))
+    target_flags = ImageSpec(
+        "", None if target_image_opts else output_format, cache=check_cache(cache, "output cache option")
+    )
     request = _Request(
         sources=[source_spec(name, flags, image_opts=image_opts, secrets=secrets, snapshot=snapshot) for name in names],
         target=replace(parse(target_name, target_flags, secrets), discard="unmap"),
@@ -197,7 +204,7 @@ def convert(
             skip_errors=_warn if salvage else None,
         ),
         zeroed=target_is_zero,
-        speed=0 if rate is None else _size(rate, "rate limit"),
+        speed=0 if rate is None else parsed_size(rate, "rate limit"),
         progress=progress and not quiet,
         quiet=quiet,
         roots=image_root or (),
@@ -206,15 +213,8 @@ def convert(
     return 0
 
 
-def _size(text: str, what: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise ConfigError(f"Invalid {what} specified: {error}") from None
-
-
 def _sparse(text: str) -> int:
-    size = _size(text, "sparse size")
+    size = parsed_size(text, "sparse size")
     if size % SECTOR_SIZE or size > _MOST_SPARSE:
         raise ConfigError(
             f"Invalid buffer size for sparse output specified. Valid sizes are multiples of {SECTOR_SIZE} up to "

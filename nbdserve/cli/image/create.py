@@ -10,13 +10,13 @@ from typing import Annotated
 import typer
 
 from nbdserve.block.create import create_files
-from nbdserve.cli.image.common import SecretEnvOption, SecretFileOption, full_name, open_layer
+from nbdserve.cli.image.common import QuietOption, SecretEnvOption, SecretFileOption, full_name, open_layer, parsed_size
 from nbdserve.cli.usage import UsageError
 from nbdserve.config.secrets import chosen_secret, named_secret, secrets_of_objects
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.registry import driver_for
-from nbdserve.units import SECTOR_SIZE, align_up, parse_size
+from nbdserve.units import SECTOR_SIZE, align_up
 
 
 def create(
@@ -52,7 +52,7 @@ def create(
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,
     unchecked: Annotated[bool, typer.Option("-u", help="Do not open the backing file.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+    quiet: QuietOption = False,
 ) -> int:
     """Make an image. A file that is there is replaced, unless it is in use."""
     driver = driver_for(format_name)
@@ -181,10 +181,7 @@ def _size(file: str, wanted: str | None, backing_size: int | None) -> int:
         if backing_size is None:
             raise ConfigError(f"{file}: Image creation needs a size parameter")
         return backing_size
-    try:
-        return align_up(parse_size(wanted), SECTOR_SIZE)
-    except ValueError as error:
-        raise ConfigError(f"Invalid image size specified: {error}") from None
+    return align_up(parsed_size(wanted, "image size"), SECTOR_SIZE)
 
 
 def _refuse_same(file: str, other: str, what: str) -> None:

@@ -11,7 +11,17 @@ from typing import Annotated, Final
 import typer
 
 from nbdserve.block.spec import ImageSpec
-from nbdserve.cli.image.common import ForceShareOption, RootsOption, SecretEnvOption, SecretFileOption
+from nbdserve.cli.image.common import (
+    ForceShareOption,
+    ImageOptsOption,
+    ObjectsOption,
+    OutputFormatOption,
+    ProgressOption,
+    RootsOption,
+    SecretEnvOption,
+    SecretFileOption,
+    parsed_size,
+)
 from nbdserve.cli.image.progress import run_job
 from nbdserve.cli.image.sources import opened, source_spec
 from nbdserve.cli.usage import UsageError
@@ -22,7 +32,6 @@ from nbdserve.formats.registry import driver_for
 from nbdserve.jobs.convert import ConvertJob
 from nbdserve.jobs.copy import CopyOptions, unit_for
 from nbdserve.jobs.target import NewImage, TargetImage
-from nbdserve.units import parse_size
 
 _MOST: Final = (1 << 31) - 1
 
@@ -48,19 +57,14 @@ def dd(
     format_name: Annotated[
         str | None, typer.Option("-f", metavar="FMT", help="Format of the image. Default: probed.", show_default=False)
     ] = None,
-    output_format: Annotated[str, typer.Option("-O", metavar="FMT", help="Format of the new image.")] = "raw",
-    image_opts: Annotated[
-        bool, typer.Option("--image-opts", help="The image is given as `driver=FMT,file.filename=FILE,...`.")
-    ] = False,
-    objects: Annotated[
-        list[str] | None,
-        typer.Option("--object", metavar="secret,id=ID,file=FILE", help="A passphrase.", show_default=False),
-    ] = None,
+    output_format: OutputFormatOption = "raw",
+    image_opts: ImageOptsOption = False,
+    objects: ObjectsOption = None,
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,
     force_share: ForceShareOption = False,
     image_root: RootsOption = None,
-    progress: Annotated[bool, typer.Option("-p", help="Show how far it is.")] = False,
+    progress: ProgressOption = False,
 ) -> int:
     """Copy a part of the disk of an image to a new image, which has the size of that part.
 
@@ -89,24 +93,14 @@ def parse_operands(words: Sequence[str]) -> _Operands:
         elif name == "of":
             parsed.target = value
         elif name == "bs":
-            parsed.block = _number(value, "bs", 1, _MOST)
+            parsed.block = parsed_size(value, "bs", 1, _MOST)
         elif name == "count":
-            parsed.count = _number(value, "count", 0, 1 << 62)
+            parsed.count = parsed_size(value, "count", 0, 1 << 62)
         else:
-            parsed.skip = _number(value, "skip", 0, 1 << 62)
+            parsed.skip = parsed_size(value, "skip", 0, 1 << 62)
     if not parsed.source or not parsed.target:
         raise UsageError("Must specify both input and output files")
     return parsed
-
-
-def _number(text: str, what: str, least: int, most: int) -> int:
-    try:
-        number = parse_size(text)
-    except ValueError as error:
-        raise ConfigError(f"Invalid {what} specified: {error}") from None
-    if not least <= number <= most:
-        raise ConfigError(f"Invalid {what} specified. Must be between {least} and {most}.")
-    return number
 
 
 async def _dd(

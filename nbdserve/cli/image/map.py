@@ -24,18 +24,18 @@ from nbdserve.cli.image.common import (
     RootsOption,
     SecretEnvOption,
     SecretFileOption,
+    parsed_size,
     roots_for,
 )
 from nbdserve.config.image_opts import image_from_filename
 from nbdserve.config.secrets import chosen_secret
-from nbdserve.errors import ConfigError, ImageError
+from nbdserve.errors import ImageError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.formats.qcow2.preallocation import metadata_preallocated
 from nbdserve.formats.vmdk.driver import VmdkDriver
 from nbdserve.storage.base import Storage
 from nbdserve.storage.joined import INSIDE_PART, PART_BITS, JoinedStorage
-from nbdserve.units import parse_size
 
 Columns: TypeAlias = npt.NDArray[np.int64]
 """Rows of ``start length depth flags offset``; offset -1 where there is none."""
@@ -59,20 +59,13 @@ def map_image(
     secret_env: SecretEnvOption = None,
 ) -> int:
     """Print where the data of an image is: in which file of its chain, and at which offset."""
-    start = _size(start_offset, "start offset")
-    length = None if max_length is None else _size(max_length, "max length")
+    start = parsed_size(start_offset, "start offset")
+    length = None if max_length is None else parsed_size(max_length, "max length")
     secret = chosen_secret(secret_file, secret_env)
     flags = ImageSpec(file, format_name, read_only=True, force_share=force_share, secret=secret)
     spec = image_from_filename(file, flags)
     asyncio.run(_map(spec, start, length, output, image_root))
     return 0
-
-
-def _size(text: str, what: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise ConfigError(f"Invalid {what} specified: {error}") from None
 
 
 async def _map(spec: ImageSpec, start: int, length: int | None, output: Output, image_root: list | None) -> None:  # type: ignore[type-arg]

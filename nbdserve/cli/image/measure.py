@@ -9,12 +9,17 @@ import typer
 
 from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import (
+    CreateOptionsOption,
     ForceShareOption,
+    ImageOptsOption,
+    ObjectsOption,
     Output,
+    OutputFormatOption,
     OutputOption,
     RootsOption,
     SecretEnvOption,
     SecretFileOption,
+    parsed_size,
     print_json,
 )
 from nbdserve.cli.image.create import options_help, parse_option_list
@@ -24,7 +29,6 @@ from nbdserve.config.secrets import chosen_secret, secrets_of_objects
 from nbdserve.errors import ConfigError
 from nbdserve.formats.registry import driver_for
 from nbdserve.jobs.measure import measurable, measure_bitmaps, measure_empty, measure_node
-from nbdserve.units import parse_size
 
 
 def measure(
@@ -34,25 +38,17 @@ def measure(
     format_name: Annotated[
         str | None, typer.Option("-f", metavar="FMT", help="Its format. Default: probed.", show_default=False)
     ] = None,
-    output_format: Annotated[str, typer.Option("-O", metavar="FMT", help="Format of the new image.")] = "raw",
+    output_format: OutputFormatOption = "raw",
     size: Annotated[
         str | None, typer.Option("--size", metavar="SIZE", help="Instead of FILE: an empty disk.", show_default=False)
     ] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("-o", metavar="NAME=VALUE,...", help="As of `create`; `-o help` lists them.", show_default=False),
-    ] = None,
+    options: CreateOptionsOption = None,
     snapshot: Annotated[
         str | None, typer.Option("-l", metavar="SNAPSHOT", help="An internal snapshot of FILE.", show_default=False)
     ] = None,
     output: OutputOption = Output.HUMAN,
-    image_opts: Annotated[
-        bool, typer.Option("--image-opts", help="FILE is given as `driver=FMT,file.filename=FILE,...`.")
-    ] = False,
-    objects: Annotated[
-        list[str] | None,
-        typer.Option("--object", metavar="secret,id=ID,file=FILE", help="A passphrase.", show_default=False),
-    ] = None,
+    image_opts: ImageOptsOption = False,
+    objects: ObjectsOption = None,
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,
     force_share: ForceShareOption = False,
@@ -71,10 +67,7 @@ def measure(
     bitmaps: int | None = None
     if file is None:
         assert size is not None
-        try:
-            sizes = measure_empty(driver, parse_size(size), chosen)
-        except ValueError as error:
-            raise ConfigError(f"Invalid image size specified: {error}") from None
+        sizes = measure_empty(driver, parsed_size(size, "image size"), chosen)
     else:
         flags = ImageSpec("", format_name, force_share=force_share, secret=chosen_secret(secret_file, secret_env))
         secrets = secrets_of_objects(objects or [])

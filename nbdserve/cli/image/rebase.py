@@ -11,13 +11,16 @@ import typer
 
 from nbdserve.block.graph import open_image
 from nbdserve.block.node import Node
-from nbdserve.block.spec import CACHE_MODES, ImageSpec
+from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import (
     FileArgument,
     FormatOption,
+    ProgressOption,
+    QuietOption,
     RootsOption,
     SecretEnvOption,
     SecretFileOption,
+    check_cache,
     full_name,
     roots_for,
 )
@@ -53,8 +56,8 @@ def rebase(
     source_cache: Annotated[
         str, typer.Option("-T", metavar="SRC_CACHE", help="The cache mode of the backing files.")
     ] = "writeback",
-    progress: Annotated[bool, typer.Option("-p", help="Show how far it is.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+    progress: ProgressOption = False,
+    quiet: QuietOption = False,
     image_root: RootsOption = None,
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,
@@ -62,9 +65,8 @@ def rebase(
     """Give an image another backing file. Its content stays: what differs between the two is copied into it."""
     if base is None and not unsafe:
         raise ConfigError("Must specify backing file (-b) or use unsafe mode (-u)")
-    for mode in (cache, source_cache):
-        if mode not in CACHE_MODES:
-            raise ConfigError(f"Invalid cache option: {mode}: use one of {', '.join(CACHE_MODES)}")
+    check_cache(cache, "cache option")
+    check_cache(source_cache, "source cache option")
     if base_format is not None and base_format not in DRIVERS:
         raise ConfigError(f"Invalid format name: '{base_format}': there are {', '.join(sorted(DRIVERS))}")
     secret = chosen_secret(secret_file, secret_env)

@@ -14,16 +14,17 @@ from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import (
     FileArgument,
     FormatOption,
+    QuietOption,
     RootsOption,
     SecretEnvOption,
     SecretFileOption,
+    parsed_size,
     roots_for,
 )
 from nbdserve.config.image_opts import image_from_filename
 from nbdserve.config.secrets import chosen_secret
 from nbdserve.errors import ConfigError
 from nbdserve.storage.roots import ImageRoots
-from nbdserve.units import parse_size
 
 PREALLOCATION: Final = ("off", "metadata", "falloc", "full")
 
@@ -44,7 +45,7 @@ def resize(
             "--preallocation", metavar="MODE", help="Give new space its place: off, metadata, falloc or full."
         ),
     ] = "off",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+    quiet: QuietOption = False,
     image_root: RootsOption = None,
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,
@@ -60,19 +61,12 @@ def resize(
     return 0
 
 
-def _parsed(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise ConfigError(f"Invalid image size specified: {error}") from None
-
-
 async def resize_image(
     spec: ImageSpec, roots: ImageRoots, size_text: str, preallocation: str = "off", *, shrink: bool
 ) -> None:
     """Give the image the size written as on the command line. ConfigError."""
     sign = size_text[:1] if size_text[:1] in ("+", "-") else ""
-    amount = _parsed(size_text.removeprefix(sign))
+    amount = parsed_size(size_text.removeprefix(sign), "image size")
     node = await open_image(spec, roots)
     try:
         top, old = node.top, node.size

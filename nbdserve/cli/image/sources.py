@@ -14,7 +14,7 @@ from typing import Final
 
 from nbdserve.block.graph import image_roots, open_image
 from nbdserve.block.node import Node
-from nbdserve.block.spec import CACHE_MODES, ImageSpec
+from nbdserve.block.spec import ImageSpec
 from nbdserve.config.image_opts import image_from_filename, image_from_opts
 from nbdserve.errors import ConfigError
 from nbdserve.formats.raw import RawDriver
@@ -22,13 +22,6 @@ from nbdserve.storage.file import FileStorage
 
 STREAM: Final = "-"
 """The name of standard input and output."""
-
-
-def check_cache(mode: str, option: str) -> str:
-    """``mode`` if it is one."""
-    if mode not in CACHE_MODES:
-        raise ConfigError(f"Invalid {option} cache option: {mode}")
-    return mode
 
 
 def source_spec(

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.cli.image.common import full_name, open_layer
+from nbdserve.cli.image.common import check_cache, full_name, open_layer, parsed_size
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.storage.file import FileStorage
 
@@ -31,3 +31,18 @@ async def test_a_layer_is_probed_or_opened_as_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         await open_layer(str(path), "nope")
     await (await FileStorage.open(str(path))).close()  # none of these left the file locked
+
+
+def test_cache_modes() -> None:
+    assert check_cache("none", "source cache option") == "none"
+    with pytest.raises(ConfigError, match="Invalid source cache option: no: use one of none, writeback, "):
+        check_cache("no", "source cache option")
+
+
+def test_sizes() -> None:
+    assert (parsed_size("4k", "offset"), parsed_size("9", "offset", 9, 9)) == (4096, 9)
+    with pytest.raises(ConfigError, match="Invalid offset specified: "):
+        parsed_size("there", "offset")
+    for text in ("8", "10"):
+        with pytest.raises(ConfigError, match=r"Invalid offset specified\. Must be between 9 and 9\."):
+            parsed_size(text, "offset", 9, 9)

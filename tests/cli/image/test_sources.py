@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from nbdserve.block.spec import ImageSpec
-from nbdserve.cli.image.sources import check_cache, opened, snapshot_name, source_spec
+from nbdserve.cli.image.sources import opened, snapshot_name, source_spec
 from nbdserve.errors import ConfigError, ImageError
 
 
@@ -20,12 +20,6 @@ def test_a_source_is_read_only() -> None:
 
 def test_snapshots() -> None:
     assert [snapshot_name(text) for text in ("1", "snapshot.id=1", "snapshot.name=a=b")] == ["1", "1", "a=b"]
-
-
-def test_cache_modes() -> None:
-    assert check_cache("none", "source") == "none"
-    with pytest.raises(ConfigError, match="Invalid source cache option: no"):
-        check_cache("no", "source")
 
 
 async def test_several_at_once(tmp_path: Path) -> None:
