@@ -18,6 +18,8 @@ from nbdserve.storage.base import ReadBuffer
 
 ZLIB_WINDOW: Final = 15
 """Window bits of a stream with a zlib header; the largest, which reads smaller ones too."""
+DEFLATE_4K_WINDOW: Final = -12
+"""Of raw deflate data with a window of at most 4 KiB: what qcow and qcow2 store."""
 _ERRORS: Final = (zlib.error, cast("type[Exception]", igzip_lib.IsalError))
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Final, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 
 from nbdserve.errors import ConfigError
 from nbdserve.extents import DATA, UNALLOCATED
 from nbdserve.formats.base import BackingReference, CheckResult, CreateOption, FormatDriver, ImageInfo
-from nbdserve.formats.inflate import inflate
+from nbdserve.formats.inflate import DEFLATE_4K_WINDOW, inflate
 from nbdserve.formats.qcow import layout
 from nbdserve.formats.qcow.check import check_qcow
 from nbdserve.formats.qcow.create import CREATE_OPTIONS, create_qcow, plan_header
@@ -26,9 +26,6 @@ from nbdserve.formats.two_level.entries import BAD_ENTRY, FLAG
 from nbdserve.formats.unit_cache import UnitCache
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_down, align_up, div_ceil
-
-INFLATE_WINDOW: Final = -12
-"""Raw deflate data with a window of at most 4 KiB."""
 
 
 async def read_header(storage: Storage) -> Header:
@@ -158,7 +155,7 @@ class QcowDriver(TwoLevelDriver):
             await self.load(offset)
         entry = table.entries[(offset >> self._bits) & self._slice_mask]
         host_offset, length = self.geometry.compressed_range(entry)
-        decompress = partial(inflate, size=self.cluster_size, window_bits=INFLATE_WINDOW)
+        decompress = partial(inflate, size=self.cluster_size, window_bits=DEFLATE_4K_WINDOW)
         return align_down(offset, self.cluster_size), await self._units.read(entry, host_offset, length, decompress)
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> int | None:

@@ -14,21 +14,19 @@ from typing import Final
 import zstandard
 
 from nbdserve.errors import RequestError
-from nbdserve.formats.inflate import inflate
+from nbdserve.formats.inflate import DEFLATE_4K_WINDOW, inflate
 from nbdserve.formats.qcow2.layout import COMPRESSION_ZSTD, compressed_range
 from nbdserve.storage.base import Storage
 from nbdserve.storage.pool import worker_pool
 from nbdserve.units import MIB
 
 CACHE_BYTES: Final = 8 * MIB
-INFLATE_WINDOW: Final = -12
-"""Raw deflate data with a window of at most 4 KiB."""
 
 
 def decompress(stored: bytes | bytearray, cluster_size: int, compression_type: int) -> bytes:
     """The cluster. RequestError(EIO) unless the data makes exactly ``cluster_size`` bytes; never produces more."""
     if compression_type != COMPRESSION_ZSTD:
-        return inflate(stored, cluster_size, window_bits=INFLATE_WINDOW)
+        return inflate(stored, cluster_size, window_bits=DEFLATE_4K_WINDOW)
     try:
         # The size a frame declares is allocated unseen; -1 is a frame without one, which is capped.
         declared = zstandard.frame_content_size(stored)

@@ -11,6 +11,7 @@ import zstandard
 from isal import isal_zlib
 
 from nbdserve.errors import RequestError
+from nbdserve.formats.inflate import DEFLATE_4K_WINDOW
 from nbdserve.formats.qcow2.layout import COMPRESSION_ZSTD, compressed_entry
 from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.pool import worker_pool
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 _DEFLATE_LEVEL: Final = 3
 """The best of isal's; 5 times as fast as zlib's usual level."""
-_WINDOW_BITS: Final = -12
-"""Raw deflate; readers have room for a window of 4 KiB."""
 _BATCH: Final = 16
 """Clusters compressed in one job of a worker thread."""
 
@@ -37,7 +36,7 @@ def compress(cluster: ReadBuffer, compression_type: int) -> bytes | None:
             compressor = _threads.zstd = zstandard.ZstdCompressor()
         stored: bytes = compressor.compress(cluster)
     else:
-        deflater = isal_zlib.compressobj(_DEFLATE_LEVEL, zlib.DEFLATED, _WINDOW_BITS)
+        deflater = isal_zlib.compressobj(_DEFLATE_LEVEL, zlib.DEFLATED, DEFLATE_4K_WINDOW)
         stored = deflater.compress(cluster) + deflater.flush()
     return stored if len(stored) < len(cluster) else None
 
