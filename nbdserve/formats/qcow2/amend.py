@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from nbdserve.errors import ConfigError
-from nbdserve.formats.base import BackingReference, CreateOption
+from nbdserve.formats.base import BackingReference
 from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.backing import header_with
 from nbdserve.formats.qcow2.check_analysis import read_header
 from nbdserve.formats.qcow2.commit import HeaderSector
-from nbdserve.formats.qcow2.create import CREATE_OPTIONS, FEATURE_NAMES_MIN_CLUSTER_BITS
+from nbdserve.formats.qcow2.create import BOOLEANS, CREATE_OPTIONS, FEATURE_NAMES_MIN_CLUSTER_BITS, VERSIONS
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.header_change import change_header
 from nbdserve.formats.qcow2.rewrite import read_state, replace_tables
-from nbdserve.formats.qcow2.snapshots import SNAPSHOT_EXTRA, Snapshot, read_snapshots
+from nbdserve.formats.qcow2.snapshots import NO_ICOUNT, SNAPSHOT_EXTRA, Snapshot, read_snapshots
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE
 
@@ -33,12 +33,7 @@ AMENDABLE: Final = (
     "refcount_bits",
 )
 AMEND_OPTIONS: Final = tuple(replace(option, default="") for option in CREATE_OPTIONS if option.name in AMENDABLE)
-_VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 _NEWER: Final = "compatibility level 1.1 or above (use compat=1.1 or greater)"
-_SWITCHES: Final = {
-    **dict.fromkeys(("on", "yes", "true", "y"), True),
-    **dict.fromkeys(("off", "no", "false", "n"), False),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +49,18 @@ class Amendment:
     changes_backing: bool
 
 
-def parse_amendment(options: Mapping[str, str], known: tuple[CreateOption, ...] = CREATE_OPTIONS) -> Amendment:
+def parse_amendment(options: Mapping[str, str]) -> Amendment:
     """The options as after ``-o``, without ``size``. ConfigError for a bad one."""
     for name in options:
         if name.startswith("encrypt."):
             raise ConfigError(f"{name}: keys are not changed here: use qemu-img amend")
         if name not in AMENDABLE:
-            only = any(option.name == name for option in known)
+            only = any(option.name == name for option in CREATE_OPTIONS)
             raise ConfigError(
                 f"Invalid parameter '{name}'" + ("\nThis option is only supported for image creation" if only else "")
             )
     compat = options.get("compat")
-    if compat is not None and compat not in _VERSIONS:
+    if compat is not None and compat not in VERSIONS:
         raise ConfigError(f"Unknown compatibility level {compat}: there are 0.10 (v2) and 1.1 (v3)")
     bits = options.get("refcount_bits")
     if bits is not None and bits not in ("1", "2", "4", "8", "16", "32", "64"):
@@ -76,7 +71,7 @@ def parse_amendment(options: Mapping[str, str], known: tuple[CreateOption, ...] 
     if backing_format is not None and not backing_file:
         raise ConfigError("backing_fmt needs backing_file")
     return Amendment(
-        version=None if compat is None else _VERSIONS[compat],
+        version=None if compat is None else VERSIONS[compat],
         refcount_order=None if bits is None else int(bits).bit_length() - 1,
         lazy_refcounts=_switch(options, "lazy_refcounts"),
         data_file=options.get("data_file"),
@@ -88,9 +83,9 @@ def parse_amendment(options: Mapping[str, str], known: tuple[CreateOption, ...] 
 
 def _switch(options: Mapping[str, str], name: str) -> bool | None:
     value = options.get(name)
-    if value is not None and value not in _SWITCHES:
+    if value is not None and value not in BOOLEANS:
         raise ConfigError(f"Parameter '{name}' expects 'on' or 'off', not {value}")
-    return None if value is None else _SWITCHES[value]
+    return None if value is None else BOOLEANS[value]
 
 
 async def amend_qcow2(storage: Storage, amendment: Amendment) -> None:
@@ -200,7 +195,7 @@ async def _upgrade(storage: Storage, header: Header, snapshots: list[Snapshot]) 
 
 
 def _sized(snapshot: Snapshot, size: int) -> Snapshot:
-    fields = {"vm_state_size": snapshot.vm_state_size, "disk_size": size, "icount": (1 << 64) - 1}
+    fields = {"vm_state_size": snapshot.vm_state_size, "disk_size": size, "icount": NO_ICOUNT}
     return replace(snapshot, disk_size=size, extra=SNAPSHOT_EXTRA.build(fields))
 
 

@@ -35,9 +35,9 @@ class BitmapEntry:
     flags: int
     table_offset: int
     table_entries: int
-    kind: int = 1
-    """1: a dirty bitmap; there are no others yet."""
-    extra_bytes: int = 0
+    kind: int
+    """DIRTY_TRACKING; there are no others yet."""
+    extra_bytes: int
     """Of data whose meaning is not known."""
 
 

@@ -173,18 +173,18 @@ class Options:
     """LUKS."""
 
 
-_BOOLEANS: Final = {
+BOOLEANS: Final = {
     **dict.fromkeys(("on", "yes", "true", "y"), True),
     **dict.fromkeys(("off", "no", "false", "n"), False),
 }
-_VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 
 def _boolean(options: Mapping[str, str], name: str) -> bool:
     value = options.get(name, "off")
-    if value not in _BOOLEANS:
+    if value not in BOOLEANS:
         raise ConfigError(f"{name}={value}: expects on or off")
-    return _BOOLEANS[value]
+    return BOOLEANS[value]
 
 
 def _choice(options: Mapping[str, str], name: str, default: str, choices: Mapping[str, Any] | tuple[str, ...]) -> str:
@@ -203,7 +203,7 @@ def parse_options(options: Mapping[str, str]) -> Options:
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown qcow2 option {name!r}: `-o help` lists the options there are")
-    version = _VERSIONS[_choice(options, "compat", "1.1", _VERSIONS)]
+    version = VERSIONS[_choice(options, "compat", "1.1", VERSIONS)]
     try:
         cluster_size = parse_size(options.get("cluster_size", "65536"))
     except ValueError as error:

@@ -7,7 +7,6 @@ yet; header extensions behind it are rewritten while an intermediate sector does
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.qcow2 import layout
@@ -15,9 +14,6 @@ from nbdserve.formats.qcow2.commit import HeaderSector
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up
-
-BACKING_OFFSET_AT: Final = 8
-"""``backing_file_offset``, 8 bytes."""
 
 
 async def change_header(storage: Storage, sector: HeaderSector, old: Header, new: Header) -> None:
@@ -30,7 +26,7 @@ async def change_header(storage: Storage, sector: HeaderSector, old: Header, new
     name = new.stored_backing_name
     try:
         new.build()
-        name_at, kept = _place(old, new, sector.read_u64(BACKING_OFFSET_AT))
+        name_at, kept = _place(old, new, sector.read_u64(layout.BACKING_NAME_AT))
     except ValueError as error:
         raise ConfigError(f"{storage.path}: {error}") from None
     start, extensions = new.extensions_at, new.build_extensions()
@@ -51,7 +47,7 @@ def _fields(sector: HeaderSector, old: Header, new: Header, name_at: int, name_l
     fields = bytearray(new.build_fields(name_at, name_length))
     before = old.build_fields(0, 0)
     stored = sector.read(0, len(fields))
-    names = range(BACKING_OFFSET_AT, BACKING_OFFSET_AT + 12)
+    names = range(layout.BACKING_NAME_AT, layout.BACKING_NAME_AT + 12)
     for at, byte in enumerate(before[: len(fields)]):
         if byte == fields[at] and at not in names:
             fields[at] = stored[at]

@@ -120,6 +120,8 @@ HEADER_V3_MIN_LENGTH: Final = 104
 HEADER_V3_LENGTH: Final = 112
 
 # Where the fields are that change after creation: sector 0 is patched, never rewritten.
+BACKING_NAME_AT: Final = 8
+"""``backing_file_offset`` (u64), ``backing_file_size`` (u32)."""
 SIZE_AT: Final = 24
 L1_FIELDS_AT: Final = 36
 """``l1_size`` (u32), ``l1_table_offset`` (u64)."""

@@ -18,14 +18,13 @@ from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.check_walk import UInt64Array, read_words
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.rewrite import read_state, replace_tables
-from nbdserve.formats.qcow2.snapshots import MAX_TABLE_BYTES, SNAPSHOT_EXTRA, Snapshot, find_snapshot
+from nbdserve.formats.qcow2.snapshots import MAX_TABLE_BYTES, NO_ICOUNT, SNAPSHOT_EXTRA, Snapshot, find_snapshot
 from nbdserve.formats.qcow2.table_plan import State
 from nbdserve.storage.base import Storage
 from nbdserve.units import div_ceil
 
 MAX_NAME_BYTES: Final = 255
 """QEMU's limit."""
-_NO_ICOUNT: Final = (1 << 64) - 1
 
 
 async def create_snapshot(
@@ -55,7 +54,7 @@ async def create_snapshot(
         disk_size=header.size,
         icount=icount,
         extra=SNAPSHOT_EXTRA.build(
-            {"vm_state_size": 0, "disk_size": header.size, "icount": _NO_ICOUNT if icount is None else icount}
+            {"vm_state_size": 0, "disk_size": header.size, "icount": NO_ICOUNT if icount is None else icount}
         ),
     )
     snapshots = [*old.snapshots, snapshot]

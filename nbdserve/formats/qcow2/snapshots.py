@@ -17,6 +17,8 @@ from nbdserve.units import KIB, MIB
 
 MAX_TABLE_BYTES: Final = 64 * MIB
 MAX_EXTRA_BYTES: Final = 1024
+NO_ICOUNT: Final = (1 << 64) - 1
+"""``icount`` of a snapshot that has none."""
 
 SNAPSHOT_HEAD: Final[Any] = c.Struct(
     "l1_offset" / c.Int64ub,
@@ -75,7 +77,7 @@ class Snapshot:
             vm_clock_nsec=head.vm_clock_nsec,
             vm_state_size=known.vm_state_size if len(extra) >= 8 else head.vm_state_size,
             disk_size=known.disk_size if len(extra) >= 16 else None,
-            icount=known.icount if len(extra) >= 24 and known.icount != (1 << 64) - 1 else None,
+            icount=known.icount if len(extra) >= 24 and known.icount != NO_ICOUNT else None,
             extra=extra,
         ), end + -(end - at) % 8
 
