@@ -105,7 +105,7 @@ class Allocator:
 
     def free(self, clusters: Clusters) -> None:
         """Each of these lost a reference."""
-        self.quarantine += _runs(clusters)
+        self.quarantine += runs_of(clusters)
 
     def _holds_metadata(self, first: int, count: int) -> bool:
         if count == 1:
@@ -263,7 +263,7 @@ class Allocator:
             lowered = counts != 0  # a count of 0 that was referred to is an error of the image, left to ``check``
             freed = np.flatnonzero(counts == 1) + base
             if self.punch:
-                for start, length in _runs(freed):
+                for start, length in runs_of(freed):
                     await self._storage.discard(start << self._cluster_bits, length << self._cluster_bits)
             counts -= lowered.astype(counts.dtype)
             self._refcounts.touch(base, count)
@@ -292,7 +292,7 @@ def _merged(ranges: Iterable[ClusterRange]) -> list[ClusterRange]:
     return result
 
 
-def _runs(clusters: Clusters) -> list[ClusterRange]:
+def runs_of(clusters: Clusters) -> list[ClusterRange]:
     """The runs of consecutive numbers in ``clusters``, as they stand."""
     if not len(clusters):
         return []

@@ -49,8 +49,7 @@ class HeaderSector:
         async with self._lock:  # two patches in flight could reach the disk in the wrong order
             for at, value in pieces:
                 self._sector[at : at + len(value)] = value
-            await self._storage.write(0, bytes(self._sector))
-            await self._storage.flush()
+            await self._storage.write_stable([(0, bytes(self._sector))])
 
 
 @dataclass(slots=True)

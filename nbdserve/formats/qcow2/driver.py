@@ -26,7 +26,7 @@ from nbdserve.formats.qcow2.layout import (
     ZERO_FLAG,
     compressed_range,
 )
-from nbdserve.formats.qcow2.resize import preallocate_qcow2, resize_qcow2
+from nbdserve.formats.qcow2.resize import drop_mapping, preallocate_qcow2, resize_qcow2
 from nbdserve.formats.qcow2.runs import iter_runs
 from nbdserve.formats.qcow2.snapshots import describe
 from nbdserve.formats.tables import L2Table, Words, run_from
@@ -364,13 +364,7 @@ class Qcow2Driver(Qcow2Image):
     async def make_empty(self) -> None:
         """Unmap every table, and give its clusters back. After a crash some are unmapped and others are not."""
         self.check_writable()
-        for l1_index in range(len(self.l1.entries)):
-            if self.l1.entries[l1_index]:
-                while self.cache.find(l1_index) is None:
-                    await self.load(l1_index << self._l1_shift)
-                if self.is_crowded():
-                    await self._make_room()
-                self.drop_table(l1_index)
+        await drop_mapping(self, 0)
         await self.flush()
 
     async def preallocate(self, start: int, end: int, mode: str) -> None:

@@ -77,7 +77,7 @@ async def _grow(driver: Qcow2Driver, size: int) -> None:
         # Nothing on disk knows the new table, so nothing may be committed to it.
         if driver.l1 is not old_l1:
             try:
-                await _drop_mapping(driver, covered)
+                await drop_mapping(driver, covered)
             finally:
                 _put_back(driver, old_l1)
         raise
@@ -135,7 +135,10 @@ async def _map_new(driver: Qcow2Driver, start: int, end: int) -> None:
 
 
 async def _grow_data_file(driver: Qcow2Driver, size: int) -> None:
-    """The external data file is as long as the disk; one that is the disk by itself has zeroes at its new end."""
+    """The external data file is as long as the disk; one that is the disk by itself has zeroes at its new end.
+
+    The commit that comes before the header makes it stable, with the guest data.
+    """
     if not driver.external:
         return
     file = driver.data_file
@@ -143,7 +146,6 @@ async def _grow_data_file(driver: Qcow2Driver, size: int) -> None:
         await file.zero(driver.size, min(file.size, size) - driver.size)
     if file.size < size:
         await file.truncate(size)
-    await file.flush()
 
 
 async def _set_header(driver: Qcow2Driver, size: int) -> None:
@@ -182,7 +184,7 @@ async def _shrink(driver: Qcow2Driver, size: int) -> None:
 async def _clear_past_the_end(driver: Qcow2Driver) -> None:
     """Nothing is mapped past the end of the disk, and the rest of the cluster it ends in holds zeroes."""
     await _zero_cluster_end(driver, driver.size, align_up(driver.size, driver.cluster_size))
-    await _drop_mapping(driver, align_up(driver.size, driver.granularity))
+    await drop_mapping(driver, align_up(driver.size, driver.granularity))
 
 
 async def _zero_cluster_end(driver: Qcow2Driver, start: int, end: int) -> None:
@@ -224,7 +226,7 @@ async def _own_content(driver: Qcow2Driver, offset: int, length: int) -> bytes |
     return await driver.data.read(run[2], length)
 
 
-async def _drop_mapping(driver: Qcow2Driver, start: int) -> None:
+async def drop_mapping(driver: Qcow2Driver, start: int) -> None:
     """Unmap everything from ``start``, a multiple of ``granularity``, on."""
     coverage, clusters = driver.header.l2_coverage, driver.cluster_size
     first = start // coverage

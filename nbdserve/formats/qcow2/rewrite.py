@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from nbdserve.errors import ConfigError, CorruptImageError, UnsupportedImageError
 from nbdserve.formats.qcow2 import layout
+from nbdserve.formats.qcow2.allocator import runs_of
 from nbdserve.formats.qcow2.check_analysis import Analysis, read_header
 from nbdserve.formats.qcow2.check_walk import (
     BoolArray,
@@ -32,7 +33,7 @@ from nbdserve.formats.qcow2.check_walk import (
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.snapshots import read_snapshots
 from nbdserve.formats.qcow2.table_plan import MovedTables, Numbers, State, TablePlan
-from nbdserve.formats.tables import encode_words
+from nbdserve.formats.tables import Piece, encode_words
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE
 
@@ -83,23 +84,33 @@ async def replace_tables(
     plan.place_refcounts(counts)
     plan.check_counts()
     bits = old.header.cluster_bits
-    for first, count in _runs(plan.zeroes):
+    for first, count in runs_of(plan.zeroes):
         await storage.zero(first << bits, count << bits)
     await _write_l2(storage, target, plan, zeroes_as_data=zeroes_as_data)
-    await storage.write_all(plan.pieces())
-    await storage.flush()
+    await _barrier_tables(storage, plan.pieces())
     sector = await storage.read(0, SECTOR_SIZE)
     plan.patch(sector)
-    await storage.write(0, sector)
-    await storage.flush()
-    for first, count in _runs(np.flatnonzero((plan.final[: len(counts)] == 0) & (counts != 0))):
+    await _barrier_header(storage, sector)
+    for first, count in runs_of(np.flatnonzero((plan.final[: len(counts)] == 0) & (counts != 0))):
         await storage.discard(first << bits, count << bits)
 
 
-def _runs(clusters: Int64Array) -> list[tuple[int, int]]:
-    """The runs of consecutive numbers, as ``(first, count)``."""
-    parts = np.split(clusters, np.flatnonzero(np.diff(clusters) != 1) + 1) if len(clusters) else []
-    return [(int(part[0]), len(part)) for part in parts]
+async def _barrier_tables(storage: Storage, pieces: list[Piece]) -> None:
+    """Everything new, the L2 tables and zeroes written before included, is stable before the header names it.
+
+    Crash before the barrier: it is in clusters that the tables in force count as free. Without it the header could
+    name tables that were never written.
+    """
+    await storage.write_stable(pieces)
+
+
+async def _barrier_header(storage: Storage, sector: bytearray) -> None:
+    """One sector puts the new tables in force. What only the old ones used is given back to the file system after it.
+
+    Crash before the barrier: the old image or the new one. Without it, clusters that the image on disk still uses could
+    be discarded, or written to by whoever goes on with the new tables.
+    """
+    await storage.write_stable([(0, sector)])
 
 
 async def _sound(storage: Storage, old: State) -> tuple[Analysis, npt.NDArray[np.uint32], Numbers]:

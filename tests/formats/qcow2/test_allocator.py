@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nbdserve.errors import RequestError
-from nbdserve.formats.qcow2.allocator import _merged, _runs
+from nbdserve.formats.qcow2.allocator import _merged, runs_of
 from tests.formats.qcow2.engine import change, check, create, open_image, write
 
 
@@ -17,8 +17,8 @@ def test_ranges_are_joined_and_double_references_kept() -> None:
 
 
 def test_runs() -> None:
-    assert _runs(np.array([], np.int64)) == []
-    assert _runs(np.array([3, 4, 5, 9, 10, 2], np.int64)) == [(3, 3), (9, 2), (2, 1)]
+    assert runs_of(np.array([], np.int64)) == []
+    assert runs_of(np.array([3, 4, 5, 9, 10, 2], np.int64)) == [(3, 3), (9, 2), (2, 1)]
 
 
 async def test_holes_are_filled_before_the_file_grows(tmp_path: Path) -> None:
