@@ -107,6 +107,14 @@ class SnapshotAccessOptions(NodeOptions):
     file: str
 
 
+class ThrottleOptions(NodeOptions):
+    """The disk of ``file``, whose clients the limits of a throttle group hold back."""
+
+    driver: Literal["throttle"]
+    throttle_group: str
+    file: BlockdevRef
+
+
 class RawOptions(NodeOptions):
     """The bytes of ``file``, or a window of them."""
 
@@ -150,6 +158,7 @@ BlockdevOptions: TypeAlias = Annotated[
     | Annotated[NbdOptions, Tag("=nbd")]
     | Annotated[CopyBeforeWriteOptions, Tag("=copy-before-write")]
     | Annotated[SnapshotAccessOptions, Tag("=snapshot-access")]
+    | Annotated[ThrottleOptions, Tag("=throttle")]
     | Annotated[RawOptions, Tag("=raw")]
     | Annotated[LuksOptions, Tag("=luks")]
     | Annotated[ImageOptions, Tag("=bochs")]
@@ -175,5 +184,5 @@ BlockdevRefOrNull: TypeAlias = Annotated[
     NULLABLE,
 ]
 
-for _model in (RawOptions, ImageOptions, LuksOptions):
+for _model in (ThrottleOptions, RawOptions, ImageOptions, LuksOptions):
     _model.model_rebuild()

@@ -23,6 +23,7 @@ from nbdserve.formats.registry import DRIVERS
 from nbdserve.server.server import Server
 from nbdserve.storage.nbd_target import is_nbd
 
+_DISKS = frozenset({*DRIVERS, "throttle"})
 QEMU_VERSION = (7, 2, 0)
 """Whose commands and texts these are; clients choose their ways by it."""
 
@@ -67,7 +68,7 @@ class Control:
         self.objects = ObjectTable()
         self.exports = ExportControl(self.server, self.events)
         self.jobs = JobControl(self.events)
-        self.opener = Opener(self.nodes, self.paths, self.objects.secrets)
+        self.opener = Opener(self.nodes, self.paths, self.objects)
         self.quiesced: AsyncExitStack | None = None
         """While ``stop`` holds all requests back."""
         self._asked_to_quit = False
@@ -144,5 +145,5 @@ class Control:
             entry
             for entry in self.nodes
             if entry in exported
-            or (entry.driver in DRIVERS and not any(user.startswith("node ") for user in entry.users))
+            or (entry.driver in _DISKS and not any(user.startswith("node ") for user in entry.users))
         ]

@@ -105,7 +105,7 @@ def dirty_info(bitmap: DirtyBitmap) -> DirtyInfo:
 def part_infos(nodes: NodeTable, entry: NodeEntry, *, flat: bool = False) -> list[BlockDeviceInfo]:
     """The layers below the top one, and the files."""
     infos: list[BlockDeviceInfo] = []
-    layers = entry.node.layers
+    layers = entry.layers
     for name, part in nodes.parts(entry):
         if isinstance(part, FormatDriver):
             index = layers.index(part)

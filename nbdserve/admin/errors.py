@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from typing import Final
 
 from nbdserve.errors import NbdserveError
 
@@ -10,6 +12,9 @@ GENERIC = "GenericError"
 COMMAND_NOT_FOUND = "CommandNotFound"
 DEVICE_NOT_FOUND = "DeviceNotFound"
 DEVICE_NOT_ACTIVE = "DeviceNotActive"
+
+WELL_FORMED: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+"""QEMU's rule for the names that users give."""
 
 
 class QmpError(NbdserveError):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from nbdserve.admin.errors import QmpError
+from nbdserve.admin.errors import WELL_FORMED, QmpError
 from nbdserve.admin.events import BLOCK_EXPORT_DELETED, Events, ExportDeleted
-from nbdserve.admin.nodes import WELL_FORMED, NodeEntry
+from nbdserve.admin.nodes import NodeEntry
 from nbdserve.errors import ConfigError
 from nbdserve.exports.export import Export
 from nbdserve.server.addresses import Address

@@ -13,16 +13,16 @@ from itertools import count
 from typing import Final
 from weakref import WeakKeyDictionary
 
-from nbdserve.admin.errors import QmpError
+from nbdserve.admin.errors import WELL_FORMED, QmpError
 from nbdserve.admin.moments import Moment
+from nbdserve.admin.objects import ObjectEntry
 from nbdserve.block.node import Node
 from nbdserve.formats.base import FormatDriver
 from nbdserve.storage.base import Storage
 from nbdserve.storage.file import FileStorage
 
-WELL_FORMED: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
-"""QEMU's rule for the names that users give."""
 MAX_NAME: Final = 31
+_MOMENT_FILTERS: Final = ("copy-before-write", "snapshot-access")
 _UNFIT: Final = re.compile(r"[^A-Za-z0-9._-]")
 
 
@@ -41,20 +41,37 @@ class NodeEntry:
     """Names given to layers and files that have no entry of their own."""
     is_filter: bool = False
     """It shows the disk of its first child."""
+    inner: Node | None = None
+    """The disk below a filter that was described with it, and has no entry of its own."""
     moment: Moment | None = None
     """What a ``copy-before-write`` node keeps; its node is that of the disk, which is not its own to close."""
+    objects: list[ObjectEntry] = field(default_factory=list)
+    """Objects it uses."""
     permanent: bool = False
     """Opened at the start: not to be deleted."""
+
+    @property
+    def layers(self) -> list[FormatDriver]:
+        """The chain, top first."""
+        return (self.inner or self.node).layers
 
     @property
     def label(self) -> str:
         """What it is to those it uses."""
         return f"node '{self.name}'"
 
+    def announce(self) -> None:
+        """It uses what it is made of from now on."""
+        for users in self._used():
+            users.append(self.label)
+
+    def _used(self) -> list[list[str]]:
+        return [child.users for child in self.children] + [used.users for used in self.objects]
+
     async def close(self) -> None:
         """Close what it has opened, and let go of its children."""
-        for child in self.children:
-            child.users.remove(self.label)
+        for users in self._used():
+            users.remove(self.label)
         if self.moment is None:
             await self.node.close()
         else:
@@ -124,8 +141,8 @@ class NodeTable:
         return self.get(name, name)
 
     def filters_on(self, entry: NodeEntry) -> list[NodeEntry]:
-        """The filters over ``entry``, also those over others."""
-        direct = [other for other in self if other.is_filter and entry in other.children[:1]]
+        """The filters that keep or show moments of ``entry``, also those over others."""
+        direct = [other for other in self if other.driver in _MOMENT_FILTERS and entry in other.children[:1]]
         return direct + [above for other in direct for above in self.filters_on(other)]
 
     def name_part(self, entry: NodeEntry, name: str, part: FormatDriver | Storage) -> None:
@@ -161,8 +178,8 @@ class NodeTable:
         """The layers and files of a chain, with their names; the top layer is the node itself."""
         if entry.is_filter:
             return
-        for index, layer in enumerate(entry.node.layers):
-            if index or self._made_up.get(layer) in entry.inner_names:
+        for index, layer in enumerate(entry.layers):
+            if index or entry.inner is not None or self._made_up.get(layer) in entry.inner_names:
                 yield self.part_name(layer), layer
             if isinstance(layer.storage, FileStorage):
                 yield self.part_name(layer.storage), layer.storage

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbdserve.admin.errors import QmpError
-from nbdserve.admin.nodes import WELL_FORMED
+from nbdserve.admin.errors import WELL_FORMED, QmpError
+from nbdserve.admin.schema import validated
+from nbdserve.admin.throttling import LimitsProperty, ThrottleLimits, merged, shown
+from nbdserve.block.filters.throttle import Limits, ThrottleGroup
 
 
 @dataclass(eq=False)
@@ -18,6 +20,35 @@ class ObjectEntry:
     kind: str
     properties: dict[str, Any] = field(default_factory=dict)
     users: list[str] = field(default_factory=list)
+
+    def shown(self) -> dict[str, Any]:
+        """Every property, by its name."""
+        return {"type": self.kind} | self.properties
+
+    def set(self, name: str, value: Any) -> None:
+        """Give a property another value. QmpError where there is none of that name, or it may not be set."""
+        problem = "is not writable" if name in self.shown() else "not found"
+        raise QmpError(f"Property '{self.kind}.{name}' {problem}")
+
+
+class ThrottleGroupEntry(ObjectEntry):
+    """Limits that several nodes share."""
+
+    def __init__(self, identity: str, given: ThrottleLimits | None = None) -> None:
+        """ConfigError, QmpError for limits that cannot be."""
+        super().__init__(identity, "throttle-group")
+        limits = Limits()
+        self.throttle = ThrottleGroup(limits if given is None else merged(limits, given))
+
+    def shown(self) -> dict[str, Any]:
+        return super().shown() | {"limits": shown(self.throttle.limits)}
+
+    def set(self, name: str, value: Any) -> None:
+        """``limits``: those that are given; the others stay. QmpError, ConfigError."""
+        if name != "limits":
+            super().set(name, value)
+        given = validated(LimitsProperty, {"limits": value})
+        self.throttle.set_limits(merged(self.throttle.limits, given.limits))
 
 
 class ObjectTable:

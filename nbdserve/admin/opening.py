@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,13 +19,16 @@ from nbdserve.admin.blockdev import (
     NullOptions,
     RawOptions,
     SnapshotAccessOptions,
+    ThrottleOptions,
     UnixServer,
 )
 from nbdserve.admin.errors import QmpError, description_of
 from nbdserve.admin.moments import Moment
 from nbdserve.admin.nodes import NodeEntry, NodeTable
+from nbdserve.admin.objects import ObjectTable, ThrottleGroupEntry
 from nbdserve.admin.paths import PathPolicy
 from nbdserve.block.filters.snapshot_access import snapshot_access
+from nbdserve.block.filters.throttle import ThrottledNode
 from nbdserve.block.graph import image_roots, open_image
 from nbdserve.block.node import Node
 from nbdserve.block.spec import BackingSpec, ImageSpec
@@ -42,11 +44,11 @@ _CACHE_MODES: Final = {(False, False): "writeback", (True, False): "none", (Fals
 
 @dataclass
 class Opener:
-    """Opens nodes from options. ``secrets`` are those that ``object-add`` made, by id."""
+    """Opens nodes from options, which may refer to ``objects``."""
 
     nodes: NodeTable
     paths: PathPolicy
-    secrets: Mapping[str, bytes] = field(default_factory=dict)
+    objects: ObjectTable = field(default_factory=ObjectTable)
 
     async def open(self, options: BlockdevOptions) -> NodeEntry:
         """A new entry, in the table. QmpError, and nothing stays open, when it cannot be made."""
@@ -56,21 +58,42 @@ class Opener:
         self.nodes.check_name(name)
         if isinstance(options, CopyBeforeWriteOptions | SnapshotAccessOptions):
             return await self._filter(name, options)
+        if isinstance(options, ThrottleOptions) and isinstance(options.file, str):
+            return self._throttle(name, options, self.nodes.either(options.file))
+        described = options.file if isinstance(options, ThrottleOptions) else options
+        assert not isinstance(described, str)
         made = _Making(self)
         try:
             async with AsyncExitStack() as opened:
                 made.opened = opened
-                node = await made.node(options)
+                node = await made.node(described)
                 opened.push_async_callback(node.close)
                 entry = NodeEntry(name, options.driver, node, _cache(options), children=made.children)
+                if isinstance(options, ThrottleOptions):
+                    group = self._group(options)
+                    entry.node, entry.inner = ThrottledNode(node, group.throttle, owned=True), node
+                    entry.objects.append(group)
                 made.name_parts(entry)
                 self.nodes.add(entry)
                 opened.pop_all()
         except (ImageError, ConfigError, OSError) as error:
             raise QmpError(description_of(error)) from error
-        for child in entry.children:
-            child.users.append(entry.label)
+        entry.announce()
         return entry
+
+    def _throttle(self, name: str, options: ThrottleOptions, below: NodeEntry) -> NodeEntry:
+        group = self._group(options)
+        node = ThrottledNode(below.node, group.throttle)
+        entry = NodeEntry(name, options.driver, node, below.cache, children=[below], is_filter=True, objects=[group])
+        self.nodes.add(entry)
+        entry.announce()
+        return entry
+
+    def _group(self, options: ThrottleOptions) -> ThrottleGroupEntry:
+        group = self.objects.find(options.throttle_group)
+        if not isinstance(group, ThrottleGroupEntry):
+            raise QmpError(f"Throttle group '{options.throttle_group}' does not exist")
+        return group
 
     async def _filter(self, name: str, options: CopyBeforeWriteOptions | SnapshotAccessOptions) -> NodeEntry:
         below = self.nodes.either(options.file)
@@ -82,8 +105,7 @@ class Opener:
         else:
             entry = await self._keep(name, options, below)
         self.nodes.add(entry)
-        for child in entry.children:
-            child.users.append(entry.label)
+        entry.announce()
         return entry
 
     async def _keep(self, name: str, options: CopyBeforeWriteOptions, below: NodeEntry) -> NodeEntry:
@@ -125,7 +147,7 @@ class _Making:
 
     def name_parts(self, entry: NodeEntry) -> None:
         """Give the parts of the chain the names the options have for them."""
-        for layer, layer_name, file_name in zip(entry.node.layers, self._layer_names, self._file_names, strict=False):
+        for layer, layer_name, file_name in zip(entry.layers, self._layer_names, self._file_names, strict=False):
             if file_name is not None:
                 entry.inner_names[file_name] = layer.storage
             if layer_name is not None and layer is not entry.node.top:
@@ -140,7 +162,7 @@ class _Making:
         if isinstance(options, NbdOptions):
             self._file_names.append(None)
             return _nbd(options, ImageSpec("", "raw", **generic))
-        if isinstance(options, NullOptions | CopyBeforeWriteOptions | SnapshotAccessOptions):
+        if isinstance(options, NullOptions | CopyBeforeWriteOptions | SnapshotAccessOptions | ThrottleOptions):
             raise QmpError(f"driver '{options.driver}' holds no image")
         spec = await self._below(options.file, ImageSpec("", options.driver, **generic))
         if isinstance(options, RawOptions):
@@ -181,7 +203,7 @@ class _Making:
         if isinstance(given, NbdOptions):
             self._file_names.append(given.node_name)
             return _nbd(given, spec)
-        if isinstance(given, NullOptions | CopyBeforeWriteOptions | SnapshotAccessOptions):
+        if isinstance(given, NullOptions | CopyBeforeWriteOptions | SnapshotAccessOptions | ThrottleOptions):
             raise QmpError(f"'file': driver '{given.driver}' holds no image")
         assert isinstance(given, RawOptions | ImageOptions | LuksOptions)
         self._file_names.append(given.node_name)
@@ -220,7 +242,7 @@ class _Making:
     def _secret(self, name: str | None, where: str = "") -> bytes:
         if name is None:
             raise QmpError(f"Parameter '{where}key-secret' is missing")
-        secret = self._opener.secrets.get(name)
+        secret = self._opener.objects.secrets.get(name)
         if secret is None:
             raise QmpError(f"No secret with id '{name}'")
         return secret

@@ -1,7 +1,8 @@
 import pytest
 
 from nbdserve.admin.errors import QmpError
-from nbdserve.admin.objects import ObjectEntry, ObjectTable
+from nbdserve.admin.objects import ObjectEntry, ObjectTable, ThrottleGroupEntry
+from nbdserve.block.filters.throttle import Limit
 
 
 def test_what_is_in_use_stays() -> None:
@@ -15,3 +16,16 @@ def test_what_is_in_use_stays() -> None:
     entry.users.clear()
     table.remove("g")
     assert list(table) == []
+
+
+def test_the_limits_of_a_group_can_be_set() -> None:
+    group = ThrottleGroupEntry("g")
+    group.set("limits", {"iops-read": 5})
+    assert group.throttle.limits.iops_read == Limit(5)
+    assert group.shown()["limits"]["iops-read"] == 5
+    with pytest.raises(QmpError, match=r"Parameter 'limits.x' is unexpected"):
+        group.set("limits", {"x": 5})
+    with pytest.raises(QmpError, match=r"'throttle-group.type' is not writable"):
+        group.set("type", 5)
+    with pytest.raises(QmpError, match=r"'throttle-group.x' not found"):
+        group.set("x", 5)

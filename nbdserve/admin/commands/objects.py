@@ -10,8 +10,9 @@ from pydantic import Tag
 from nbdserve.admin.command import Command
 from nbdserve.admin.control import Control
 from nbdserve.admin.errors import QmpError
-from nbdserve.admin.objects import ObjectEntry
+from nbdserve.admin.objects import ObjectEntry, ThrottleGroupEntry
 from nbdserve.admin.schema import Arguments, Int, union
+from nbdserve.admin.throttling import ThrottleLimits
 
 
 class SecretObject(Arguments):
@@ -24,31 +25,7 @@ class SecretObject(Arguments):
     format: Literal["raw", "base64"] = "raw"
 
 
-class ThrottleLimits(Arguments):
-    """What a throttle group allows, of bytes and operations a second; 0: any. ``max`` is a burst, of ``length`` s."""
-
-    iops_total: Int = 0
-    iops_total_max: Int = 0
-    iops_total_max_length: Int = 1
-    iops_read: Int = 0
-    iops_read_max: Int = 0
-    iops_read_max_length: Int = 1
-    iops_write: Int = 0
-    iops_write_max: Int = 0
-    iops_write_max_length: Int = 1
-    bps_total: Int = 0
-    bps_total_max: Int = 0
-    bps_total_max_length: Int = 1
-    bps_read: Int = 0
-    bps_read_max: Int = 0
-    bps_read_max_length: Int = 1
-    bps_write: Int = 0
-    bps_write_max: Int = 0
-    bps_write_max_length: Int = 1
-    iops_size: Int = 0
-
-
-class ThrottleGroup(Arguments):
+class ThrottleGroupOptions(Arguments):
     """Limits that several nodes share."""
 
     qom_type: Literal["throttle-group"]
@@ -82,6 +59,7 @@ class TlsCredentials(Arguments):
 
 ObjectOptions: TypeAlias = Annotated[
     Annotated[SecretObject, Tag("=secret")]
+    | Annotated[ThrottleGroupOptions, Tag("=throttle-group")]
     | Annotated[IoThread, Tag("=iothread")]
     | Annotated[TlsCredentials, Tag("=tls-creds-anon")]
     | Annotated[TlsCredentials, Tag("=tls-creds-psk")]
@@ -101,6 +79,9 @@ async def object_add(control: Control, options: ObjectOptions) -> None:
     control.objects.check_new(options.id)
     if isinstance(options, TlsCredentials):
         raise QmpError(f"'{options.qom_type}': TLS is not supported yet")
+    if isinstance(options, ThrottleGroupOptions):
+        control.objects.add(ThrottleGroupEntry(options.id, options.limits))
+        return
     if isinstance(options, IoThread):
         control.objects.add(ObjectEntry(options.id, options.qom_type))
         return

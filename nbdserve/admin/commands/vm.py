@@ -121,7 +121,12 @@ async def qom_get(control: Control, arguments: QomGet) -> Any:
 
 
 async def qom_set(control: Control, arguments: QomSet) -> None:
-    """The node of a disk may be set to itself, or to a filter on it: the filter is in the way of writes already."""
+    """The limits of a throttle group; and the node of a disk may be set to itself, or to a filter that keeps moments of
+    it, which is in the way of writes already."""
+    found = control.objects.find(arguments.path.removeprefix("/objects/"))
+    if found is not None:
+        found.set(arguments.property, arguments.value)
+        return
     entry = control.device_of(arguments.path.removeprefix("/devices/"))
     if entry is None:
         kind, properties = _object(control, arguments.path)
@@ -162,7 +167,7 @@ def _object(control: Control, path: str) -> tuple[str, dict[str, Any]]:
         case ["objects", name]:
             found = control.objects.find(name)
             if found is not None:
-                return found.kind, {"type": found.kind} | found.properties
+                return found.kind, found.shown()
         case ["exports", name]:
             for export in control.exports:
                 if export.id == name:

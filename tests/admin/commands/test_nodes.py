@@ -112,3 +112,25 @@ def test_images_in_images(client: RawClient, images: Path) -> None:
     backing = {"driver": "raw", "file": {"driver": "file", "filename": str(images / "b.raw")}}
     assert add(client, "qcow2", images / "o.qcow2", "o", backing=backing) == {}
     assert nodes(client)["o"]["image"]["backing-image"]["format"] == "raw"
+
+
+def test_a_throttled_disk(client: RawClient, images: Path) -> None:
+    assert client.execute("object-add", qom_type="throttle-group", id="g", limits={"iops-total": 1000}) == {}
+    assert add(client, "qcow2", images / "a.qcow2", "q") == {}
+    assert client.execute("blockdev-add", driver="throttle", node_name="t", throttle_group="g", file="q") == {}
+    inner = {"driver": "raw", "node-name": "r", "file": {"driver": "file", "filename": str(images / "b.raw")}}
+    assert client.execute("blockdev-add", driver="throttle", node_name="u", throttle_group="g", file=inner) == {}
+    assert nodes(client)["t"]["drv"] == "throttle"
+    assert nodes(client)["r"]["drv"] == "raw"
+    assert client.execute("blockdev-del", node_name="r") == "Node r is not owned by the monitor"
+    assert [device["qdev"] for device in client.execute("query-block")] == ["t", "u"]
+    client.execute("qom-set", path="/objects/g", property="limits", value={"iops-total": 7})
+    assert client.execute("qom-get", path="/objects/g", property="limits")["iops-total"] == 7
+    client.execute("block_resize", node_name="t", size=2 << 20)
+    assert nodes(client)["q"]["image"]["virtual-size"] == 2 << 20
+    assert client.execute("object-del", id="g") == "object 'g' is in use, can not be deleted"
+    assert client.execute("blockdev-del", node_name="q") == "Block device q is in use"
+    for name in ("t", "q", "u"):
+        assert client.execute("blockdev-del", node_name=name) == {}
+    assert client.execute("object-del", id="g") == {}
+    assert add(client, "raw", images / "b.raw", "r") == {}
