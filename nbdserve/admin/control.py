@@ -116,6 +116,7 @@ class Control:
         """The server ends: nothing is held back any more, jobs are cancelled, and nobody new is
         accepted on sockets of commands."""
         await self.resume()
+        self.objects.let_go()
         self.exports.close_listeners()
         await self.jobs.jobs.close()
 

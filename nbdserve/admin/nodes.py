@@ -151,6 +151,23 @@ class NodeTable:
         entry.inner_names[name] = part
         self._made_up[part] = name
 
+    def absorb(self, entry: NodeEntry, overlay: NodeEntry) -> None:
+        """The layer of ``overlay`` is the top one of ``entry`` now, and its names mean that."""
+        del self._entries[overlay.name]
+        top = entry.node.top
+        self.name_part(entry, overlay.name, top)
+        for name in overlay.inner_names:
+            self.name_part(entry, name, top.storage)
+
+    def renew(self, entry: NodeEntry, old: FormatDriver, new: FormatDriver) -> None:
+        """A layer of the chain has been opened again: its names, and those of its file, stay."""
+        for before, after in ((old, new), (old.storage, new.storage)):
+            name = self._made_up.pop(before, None)
+            if name is not None:
+                self._made_up[after] = name
+                if name in entry.inner_names:
+                    entry.inner_names[name] = after
+
     def moments_of(self, node: Node) -> list[Moment]:
         """The moments of the disk that are kept."""
         return [entry.moment for entry in self if entry.moment is not None and entry.node is node]

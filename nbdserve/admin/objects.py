@@ -80,6 +80,12 @@ class ObjectTable:
         entry = self._objects.get(identity)
         return entry if entry is not None and kind in (None, entry.kind) else None
 
+    def let_go(self) -> None:
+        """Throttle groups hold nothing back any more: the server ends."""
+        for entry in self:
+            if isinstance(entry, ThrottleGroupEntry):
+                entry.throttle.set_limits(Limits())
+
     def remove(self, identity: str) -> None:
         """Forget the object. QmpError when there is none, or it is in use."""
         entry = self._objects.get(identity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nbdserve.block.drain import drained
@@ -99,3 +100,28 @@ async def snapshot(pairs: Sequence[tuple[Node, FormatDriver]]) -> None:
         for node, _ in pairs:
             with contextlib.suppress(ImageError):  # then it stays open for writing, which nobody does
                 await reopen(node, 1, read_only=True)
+
+
+async def undo(node: Node) -> FormatDriver:
+    """Take the overlay off again that ``snapshot`` has put on ``node``; inside the same ``drained``, for it is empty.
+
+    It is the caller's to close. ImageError when the layer below it cannot be opened for writing again.
+    """
+    overlay = node.top
+    node.replace_layers(node.layers[1:])
+    if node.top.read_only:
+        await reopen(node, 0, read_only=False)
+    return overlay
+
+
+async def as_overlay(image: Node, below: FormatDriver) -> FormatDriver:
+    """The one layer of ``image``, opened again as an overlay of ``below``, which it is then put on.
+
+    What it does not have is then that layer's, and what is discarded in it is zeroes. ImageError as ``reopen``.
+    """
+    layer = image.top
+    if isinstance(layer.origin, Origin):
+        spec = replace(layer.origin.spec, backing=ImageSpec(below.path, below.name))
+        layer.origin = replace(layer.origin, spec=spec)
+    async with image.drained():
+        return await reopen(image, 0, read_only=False)

@@ -9,6 +9,7 @@ from nbdserve.admin.commands import (
     backup,
     bitmaps,
     exports,
+    internal_snapshots,
     jobs,
     live,
     nodes,
@@ -31,6 +32,7 @@ _MODULES: Final = (
     live,
     backup,
     snapshots,
+    internal_snapshots,
     transaction,
     status,
 )

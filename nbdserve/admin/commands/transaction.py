@@ -10,6 +10,8 @@ from nbdserve.admin.blockdev import BitmapName
 from nbdserve.admin.command import Command
 from nbdserve.admin.commands import bitmaps
 from nbdserve.admin.commands.backup import BackupAction, BackupOptions
+from nbdserve.admin.commands.internal_snapshots import InternalSnapshot, InternalSnapshotAction
+from nbdserve.admin.commands.snapshots import SnapshotAction, SnapshotOverlay, SnapshotSync, SnapshotSyncAction
 from nbdserve.admin.control import Control
 from nbdserve.admin.schema import Arguments, Nothing, union
 from nbdserve.admin.transaction import Abort, Action, execute
@@ -56,6 +58,27 @@ class StartBackup(Arguments):
     data: BackupOptions
 
 
+class TakeSnapshot(Arguments):
+    """``blockdev-snapshot``."""
+
+    type: Literal["blockdev-snapshot"]
+    data: SnapshotOverlay
+
+
+class TakeSnapshotSync(Arguments):
+    """``blockdev-snapshot-sync``."""
+
+    type: Literal["blockdev-snapshot-sync"]
+    data: SnapshotSync
+
+
+class TakeInternalSnapshot(Arguments):
+    """``blockdev-snapshot-internal-sync``."""
+
+    type: Literal["blockdev-snapshot-internal-sync"]
+    data: InternalSnapshot
+
+
 TransactionAction: TypeAlias = Annotated[
     Annotated[AbortAction, Tag("=abort")]
     | Annotated[AddAction, Tag("=block-dirty-bitmap-add")]
@@ -64,7 +87,10 @@ TransactionAction: TypeAlias = Annotated[
     | Annotated[BitmapAction, Tag("=block-dirty-bitmap-enable")]
     | Annotated[BitmapAction, Tag("=block-dirty-bitmap-remove")]
     | Annotated[MergeAction, Tag("=block-dirty-bitmap-merge")]
-    | Annotated[StartBackup, Tag("=blockdev-backup")],
+    | Annotated[StartBackup, Tag("=blockdev-backup")]
+    | Annotated[TakeSnapshot, Tag("=blockdev-snapshot")]
+    | Annotated[TakeInternalSnapshot, Tag("=blockdev-snapshot-internal-sync")]
+    | Annotated[TakeSnapshotSync, Tag("=blockdev-snapshot-sync")],
     union("type"),
 ]
 
@@ -82,13 +108,16 @@ class TransactionOptions(Arguments):
     properties: Properties | None = None
 
 
-_BITMAP_ACTIONS: Final[dict[str, Any]] = {
+_ACTIONS: Final[dict[str, Any]] = {
     "block-dirty-bitmap-add": bitmaps.Add,
     "block-dirty-bitmap-clear": bitmaps.Clear,
     "block-dirty-bitmap-disable": bitmaps.Disable,
     "block-dirty-bitmap-enable": bitmaps.Enable,
     "block-dirty-bitmap-merge": bitmaps.Merge,
     "block-dirty-bitmap-remove": bitmaps.Remove,
+    "blockdev-snapshot": SnapshotAction,
+    "blockdev-snapshot-internal-sync": InternalSnapshotAction,
+    "blockdev-snapshot-sync": SnapshotSyncAction,
 }
 
 
@@ -104,7 +133,7 @@ def _action(control: Control, given: TransactionAction, group: Transaction | Non
         return Abort()
     if isinstance(given, StartBackup):
         return BackupAction(control, given.data, group)
-    action: Action = _BITMAP_ACTIONS[given.type](control, given.data)
+    action: Action = _ACTIONS[given.type](control, given.data)
     return action
 
 

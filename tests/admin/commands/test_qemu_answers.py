@@ -10,7 +10,7 @@ import pytest
 
 from tests.admin.clients import RawClient, needs_daemon, storage_daemon
 from tests.admin.images import make_images, needs_images
-from tests.admin.qemu_answers import COMMANDS, JOB_COMMANDS, THROTTLE_COMMANDS
+from tests.admin.qemu_answers import ALL
 
 
 def check(client: RawClient, directory: Path, rows: list[tuple[str, dict[str, Any], str | None]]) -> None:
@@ -21,7 +21,7 @@ def check(client: RawClient, directory: Path, rows: list[tuple[str, dict[str, An
         assert answer == expected, (name, arguments)
 
 
-both = pytest.mark.parametrize("rows", [COMMANDS, JOB_COMMANDS, THROTTLE_COMMANDS], ids=["nodes", "jobs", "throttle"])
+both = pytest.mark.parametrize("rows", ALL.values(), ids=ALL)
 
 
 @needs_images
