@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
-from nbdserve.block import cow, forms
+from nbdserve.block import counting, cow, forms
 from nbdserve.block.chain import NEEDS_TABLE, resolve
 from nbdserve.block.drain import Gate
 from nbdserve.block.forms import READ_DATA, READ_SPLIT, READ_WAIT, READ_ZERO
@@ -51,7 +51,7 @@ class Node:
         self.writethrough = writethrough
         self.guard_probed_raw = guard_probed_raw
         self.locks = locks or RangeLocks()
-        self.gate = Gate(self._choose_forms)
+        self.gate = Gate(self.choose_forms)
         self.changes = 1
         """Changes completed, so that a flush can tell whether another has covered them."""
         self._stable_changes = 0
@@ -61,6 +61,8 @@ class Node:
         """The type of the job that works on the layers, which nobody else may exchange or resize meanwhile."""
         self._watchers: tuple[Watcher, ...] = ()
         self._guards: tuple[Watcher, ...] = ()
+        self.counters: counting.Counters | None = None
+        """Of its requests, where ``counting.begin`` was called."""
         self._widest = 0
         """The largest size the disk has had, which clients may still take it to have."""
         self._adopt(layers)
@@ -82,10 +84,10 @@ class Node:
         self.places = Places(self.layers)
         self._writer = BatchWriter(self)
         self._writeback = Writeback(self.top.data)
-        self._choose_forms()
+        self.choose_forms()
 
-    def _choose_forms(self) -> None:
-        """Which form the requests that do not wait have for now; what is not in use costs nothing that way."""
+    def choose_forms(self) -> None:
+        """Decide again which forms the requests that do not wait have: what is not in use costs nothing that way."""
         for name in ("try_read_into", "try_read_pieces", "locate_read", "submit_write"):
             self.__dict__.pop(name, None)
         if self.gate.closed:
@@ -99,6 +101,8 @@ class Node:
             self.submit_write = self._submit_watched  # type: ignore[method-assign]
         if self._widest > self.size:
             forms.refuse_outside(self)
+        if self.counters is not None:
+            counting.count_forms(self, self.counters)
 
     @property
     def data(self) -> Storage:
@@ -464,7 +468,7 @@ class Node:
 
     def _renew_watchers(self) -> None:
         self._guards = tuple(watcher for watcher in self._watchers if watcher.goes_before)
-        self._choose_forms()
+        self.choose_forms()
 
     async def close(self) -> None:
         """Let requests in flight finish, flush, close all layers, and release their files.

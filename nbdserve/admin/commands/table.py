@@ -8,6 +8,7 @@ from nbdserve.admin.command import Command
 from nbdserve.admin.commands import (
     backup,
     bitmaps,
+    blockstats,
     exports,
     internal_snapshots,
     jobs,
@@ -26,6 +27,7 @@ _MODULES: Final = (
     vm,
     objects,
     nodes,
+    blockstats,
     exports,
     bitmaps,
     jobs,

@@ -176,8 +176,9 @@ class ThrottledNode(Node):
     async def _wait(self, length: int, is_write: bool) -> None:
         await self.group.wait(length, is_write=is_write, exempt=lambda: self.gate.closed)
 
-    def _choose_forms(self) -> None:
-        super()._choose_forms()
+    def choose_forms(self) -> None:
+        """As of a node; and who waits looks again whether the gate is closed."""
+        super().choose_forms()
         if self.gate.closed:
             self.group.wake()
 
