@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,8 +25,11 @@ def admin(tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
+SHELL = [sys.executable, "-c", "from qemu.qmp.qmp_shell import main; main()"]
+
+
 def shell(admin: Path, lines: str, *options: str) -> str:
-    program = [sys.executable, "-c", "from qemu.qmp.qmp_shell import main; main()", *options, str(admin)]
+    program = [*SHELL, *options, str(admin)]
     return subprocess.run(program, input=lines, capture_output=True, text=True, timeout=SECONDS, check=True).stdout
 
 
@@ -35,3 +41,27 @@ def test_commands_transactions_and_the_human_monitor(admin: Path) -> None:
     assert '"name": "b"' in said
     assert "Failed to find node with node-name='x'" in said
     assert "Used by:          export 'd'" in shell(admin, "info block\n", "-H")
+
+
+def test_tab_completes_while_another_shell_works(admin: Path) -> None:
+    master, slave = pty.openpty()
+    with subprocess.Popen([*SHELL, str(admin)], stdin=slave, stdout=slave, stderr=slave) as first:
+        os.close(slave)
+        said = _read(master, b"(QEMU)")
+        assert b"Connected to QEMU 7.2" in said
+        assert '"running"' in shell(admin, "query-status\n"), "the second is answered while the first is there"
+        os.write(master, b"query-stat\t\n")
+        said = _read(master, b'"running"')
+        assert b"query-status" in said
+        os.write(master, b"\x04")
+        first.wait(SECONDS)
+    os.close(master)
+
+
+def _read(terminal: int, wanted: bytes) -> bytes:
+    """What is shown up to ``wanted``."""
+    said = b""
+    while wanted not in said:
+        assert select.select([terminal], [], [], SECONDS)[0], said
+        said += os.read(terminal, 4096)
+    return said
