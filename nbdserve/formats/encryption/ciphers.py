@@ -23,19 +23,23 @@ from nbdserve.storage.base import ReadBuffer
 from nbdserve.units import SECTOR_SIZE
 
 Words: TypeAlias = npt.NDArray[np.uint64]
+Octets: TypeAlias = npt.NDArray[np.uint8]
+"""Data as the requests have it: numpy handles words that are not aligned at half the speed."""
 
 WORD: Final = np.dtype("<u8")
 BLOCK: Final = 16
 """Bytes of an AES block, and of an initialisation vector."""
 BLOCKS_PER_SECTOR: Final = SECTOR_SIZE // BLOCK
 WORDS_PER_SECTOR: Final = SECTOR_SIZE // 8
-SECTORS_AT_ONCE: Final = 64
-"""32 KiB: what is worked on stays in the processor's cache, and the interpreter lock is not held for long."""
+SECTORS_AT_ONCE: Final = 128
+"""64 KiB: what is worked on stays in the processor's second-level cache, and the interpreter lock is not held for long.
+Half as many take 6 % longer."""
 _LANES_FROM: Final = 40
 """Sectors from which CBC encryption works on all of them in parallel, block after block (170 us for 8, 256 for 128),
 instead of on one after the other (4.6 us each)."""
 
 _LOW_HALF: Final = np.uint64(0xFFFF_FFFF)
+_STEPS: Final = np.arange(SECTORS_AT_ONCE, dtype=WORD)
 
 Piece: TypeAlias = tuple[int, memoryview]
 """Whole sectors, and the number of the first."""
@@ -46,8 +50,8 @@ class SectorCipher(ABC):
 
     def decrypt(self, sector: int, buffer: memoryview) -> None:
         """Decrypt ``buffer``, whole sectors of which the first has the number ``sector``, in place."""
-        numbers = np.arange(sector, sector + len(buffer) // SECTOR_SIZE, dtype=WORD)
-        self._convert(numbers, buffer, buffer, self._decrypt)
+        data = np.frombuffer(buffer, np.uint8)
+        self._convert(_run(sector, len(buffer)), data, data, self._decrypt)
 
     def decrypt_each(self, pieces: Sequence[Piece]) -> None:
         """Decrypt many buffers in place: a call for all of them costs little more than one for the first."""
@@ -55,7 +59,8 @@ class SectorCipher(ABC):
             self.decrypt(*pieces[0])
             return
         joined = memoryview(bytearray().join([buffer for _, buffer in pieces]))
-        self._convert(_numbers(pieces), joined, joined, self._decrypt)
+        data = np.frombuffer(joined, np.uint8)
+        self._convert(_runs(pieces), data, data, self._decrypt)
         start = 0
         for _, buffer in pieces:
             end = start + len(buffer)
@@ -65,8 +70,8 @@ class SectorCipher(ABC):
     def encrypt(self, sector: int, data: ReadBuffer) -> bytearray:
         """``data``, whole sectors of which the first has the number ``sector``, encrypted."""
         encrypted = bytearray(len(data))
-        numbers = np.arange(sector, sector + len(data) // SECTOR_SIZE, dtype=WORD)
-        self._convert(numbers, memoryview(data), memoryview(encrypted), self._encrypt)
+        target = np.frombuffer(encrypted, np.uint8)
+        self._convert(_run(sector, len(data)), np.frombuffer(data, np.uint8), target, self._encrypt)
         return encrypted
 
     def encrypt_each(self, pieces: Sequence[tuple[int, ReadBuffer]]) -> list[ReadBuffer]:
@@ -74,7 +79,8 @@ class SectorCipher(ABC):
         if len(pieces) == 1:
             return [self.encrypt(*pieces[0])]
         joined = memoryview(bytearray().join([data for _, data in pieces]))
-        self._convert(_numbers(pieces), joined, joined, self._encrypt)
+        target = np.frombuffer(joined, np.uint8)
+        self._convert(_runs(pieces), target, target, self._encrypt)
         encrypted: list[ReadBuffer] = []
         start = 0
         for _, data in pieces:
@@ -83,40 +89,53 @@ class SectorCipher(ABC):
             start = end
         return encrypted
 
-    def _convert(self, numbers: Words, source: memoryview, target: memoryview, convert: _Conversion) -> None:
-        if not len(numbers):
+    def _convert(self, numbers: Words, source: Octets, target: Octets, convert: _Conversion) -> None:
+        count = len(numbers)
+        if not count:
             return
         ivs = self._vectors(numbers)
-        for first in range(0, len(numbers), SECTORS_AT_ONCE):
+        if count <= SECTORS_AT_ONCE:
+            convert(ivs, source, target)
+            return
+        for first in range(0, count, SECTORS_AT_ONCE):
             part = slice(first * SECTOR_SIZE, (first + SECTORS_AT_ONCE) * SECTOR_SIZE)
-            words = np.frombuffer(source[part], WORD)
-            convert(ivs[first : first + SECTORS_AT_ONCE], words, np.frombuffer(target[part], WORD))
+            convert(ivs[first : first + SECTORS_AT_ONCE], source[part], target[part])
 
     @abstractmethod
     def _vectors(self, numbers: Words) -> Words:
-        """Two words for each sector: what its encryption begins with."""
+        """Two words for each sector: what its encryption begins with. ``numbers`` has such pairs; it may be changed."""
 
     @abstractmethod
-    def _decrypt(self, ivs: Words, source: Words, target: Words) -> None:
+    def _decrypt(self, ivs: Words, source: Octets, target: Octets) -> None:
         """At most SECTORS_AT_ONCE; ``target`` may be ``source``."""
 
     @abstractmethod
-    def _encrypt(self, ivs: Words, source: Words, target: Words) -> None:
+    def _encrypt(self, ivs: Words, source: Octets, target: Octets) -> None:
         """As ``_decrypt``."""
 
 
 class _Conversion(Protocol):
-    def __call__(self, ivs: Words, source: Words, target: Words) -> None: ...
+    def __call__(self, ivs: Words, source: Octets, target: Octets) -> None: ...
 
 
-def _numbers(pieces: Sequence[tuple[int, ReadBuffer]]) -> Words:
-    """The numbers of all sectors."""
-    counts = [len(data) // SECTOR_SIZE for _, data in pieces]
-    if counts.count(counts[0]) == len(counts):
-        firsts = np.array([sector for sector, _ in pieces], np.int64)
-        return (firsts[:, None] + np.arange(counts[0], dtype=np.int64)).astype(WORD).reshape(-1)
-    runs = zip(pieces, counts, strict=True)
-    return np.concatenate([np.arange(sector, sector + count, dtype=WORD) for (sector, _), count in runs])
+def _run(sector: int, length: int) -> Words:
+    """The numbers of the sectors of ``length`` bytes: for each a pair of words, of which the high one is zero."""
+    count = length // SECTOR_SIZE
+    numbers = np.zeros((count, 2), WORD)
+    numbers[:, 0] = np.arange(sector, sector + count, dtype=WORD)
+    return numbers
+
+
+def _runs(pieces: Sequence[tuple[int, ReadBuffer]]) -> Words:
+    """``_run`` of all pieces."""
+    lengths = [len(data) for _, data in pieces]
+    count = lengths[0] // SECTOR_SIZE
+    if lengths.count(lengths[0]) != len(lengths) or count > SECTORS_AT_ONCE:
+        return np.concatenate([_run(sector, len(data)) for sector, data in pieces])
+    firsts = np.array([sector for sector, _ in pieces], WORD)
+    numbers = np.zeros((len(firsts), count, 2), WORD)
+    np.add(firsts[:, None], _STEPS[:count], numbers[:, :, 0])
+    return numbers.reshape(-1, 2)
 
 
 def needed_secret(options: Mapping[str, Any], path: str) -> bytes:
@@ -136,7 +155,7 @@ class LockedCipher(SectorCipher):
     def _vectors(self, numbers: Words) -> Words:
         raise RequestError(errno.EACCES, f"{self._path}: encrypted, and opened without its key")
 
-    def _decrypt(self, ivs: Words, source: Words, target: Words) -> None:
+    def _decrypt(self, ivs: Words, source: Octets, target: Octets) -> None:
         raise NotImplementedError
 
     _encrypt = _decrypt
@@ -186,12 +205,12 @@ class IvGenerator:
         self._blocks = None if essiv_key is None else AesBlocks(essiv_key, encrypting=True)
 
     def __call__(self, numbers: Words) -> Words:
-        """For each sector BLOCK bytes, as two words."""
-        vectors = np.zeros((len(numbers), 2), WORD)
-        vectors[:, 0] = numbers & _LOW_HALF if self._plain else numbers
+        """For each sector BLOCK bytes, as two words, of its number, as two words; ``numbers`` may be changed."""
+        if self._plain:
+            numbers[:, 0] &= _LOW_HALF
         if self._blocks is None:
-            return vectors
-        return np.frombuffer(self._blocks(vectors.data.cast("B")), WORD).reshape(-1, 2)
+            return numbers
+        return np.frombuffer(self._blocks(numbers.data.cast("B")), WORD).reshape(-1, 2)
 
 
 def essiv_key(key: bytes, hash_name: str) -> bytes:
@@ -217,19 +236,20 @@ class CbcCipher(SectorCipher):
     def _vectors(self, numbers: Words) -> Words:
         return self._ivs(numbers)
 
-    def _decrypt(self, ivs: Words, source: Words, target: Words) -> None:
-        decrypted = self._decrypt_blocks(source.data.cast("B"))
-        previous = np.empty(len(source), WORD)
-        previous[2:] = source[:-2]
+    def _decrypt(self, ivs: Words, source: Octets, target: Octets) -> None:
+        decrypted = self._decrypt_blocks(source.data)
+        previous = np.empty(len(source) // WORD.itemsize, WORD)
+        previous[2:] = source.view(WORD)[:-2]
         previous.reshape(-1, WORDS_PER_SECTOR)[:, :2] = ivs
-        np.bitwise_xor(np.frombuffer(decrypted, WORD), previous, out=target)
+        np.bitwise_xor(np.frombuffer(decrypted, np.uint8), previous.view(np.uint8), target)
 
-    def _encrypt(self, ivs: Words, source: Words, target: Words) -> None:
+    def _encrypt(self, ivs: Words, source: Octets, target: Octets) -> None:
         count = len(ivs)
+        words, encrypted = source.view(WORD), target.view(WORD)
         if count >= _LANES_FROM:
-            self._encrypt_lanes(ivs, source.reshape(count, -1, 2), target.reshape(count, -1, 2))
+            self._encrypt_lanes(ivs, words.reshape(count, -1, 2), encrypted.reshape(count, -1, 2))
         else:
-            self._encrypt_chain(ivs, source.reshape(count, -1), target.reshape(count, -1))
+            self._encrypt_chain(ivs, words.reshape(count, -1), encrypted.reshape(count, -1))
 
     def _encrypt_lanes(self, ivs: Words, source: Words, target: Words) -> None:
         previous = ivs

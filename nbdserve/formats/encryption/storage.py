@@ -15,7 +15,7 @@ from nbdserve.storage.pool import worker_pool
 from nbdserve.units import KIB, MIB, SECTOR_SIZE, align_down, align_up
 
 INLINE: Final = 256 * KIB
-"""Bytes that are converted on the event loop (440 us); more go to a worker thread. Less would not be worth the way: the
+"""Bytes that are converted on the event loop (330 us); more go to a worker thread. Less would not be worth the way: the
 threads hold the interpreter lock in turn."""
 _ZERO_WRITE: Final = MIB
 _IN_SECTOR: Final = SECTOR_SIZE - 1
@@ -24,8 +24,6 @@ _GATHERED: Final = 16 * KIB
 """Longer requests are not gathered: their bytes would be moved once more for little."""
 
 Range: TypeAlias = tuple[int, int]
-GatheredRead: TypeAlias = "tuple[EncryptedStorage, Piece]"
-"""Read, and not decrypted yet."""
 GatheredWrite: TypeAlias = "tuple[EncryptedStorage, int, tuple[int, ReadBuffer]]"
 """To be encrypted, and written at the place in ``inner`` that is its second element."""
 
@@ -46,7 +44,7 @@ class EncryptedStorage(Storage):
         self.alignment = max(SECTOR_SIZE, inner.alignment)
         self.inner = inner
         self.cipher = cipher
-        self.reads: list[GatheredRead] | None = None
+        self.reads: list[Piece] | None = None
         """While set, ``try_read_into`` leaves small reads encrypted, and adds them here."""
         self.writes: list[GatheredWrite] | None = None
         """While set, ``try_write`` adds small writes here instead of doing them."""
@@ -82,7 +80,7 @@ class EncryptedStorage(Storage):
         if not self.inner.try_read_into(host_offset, buffer):
             return False
         if self.reads is not None and length <= _GATHERED:
-            self.reads.append((self, (sector, buffer)))
+            self.reads.append((sector, buffer))
         else:
             self.cipher.decrypt(sector, buffer)
         return True

@@ -216,11 +216,11 @@ def test_small_reads_and_writes_are_gathered() -> None:
     buffers = {at: memoryview(bytearray(length)) for at, length in ((0, 4096), (8192, 512), (100, 50), (512, 32 * KIB))}
     for at, buffer in buffers.items():
         assert storage.try_read_into(at, buffer)
-    assert [(sector, len(buffer)) for _, (sector, buffer) in storage.reads] == [(0, 4096), (16, 512)]
+    assert [(sector, len(buffer)) for sector, buffer in storage.reads] == [(0, 4096), (16, 512)]
     assert buffers[0] == ciphertext[:4096]
     assert buffers[100] == content[100:150], "a part of a sector is decrypted at once"
     assert buffers[512] == content[512 : 512 + 32 * KIB], "what is long, too"
-    storage.cipher.decrypt_each([piece for _, piece in storage.reads])
+    storage.cipher.decrypt_each(storage.reads)
     assert all(buffer == content[at : at + len(buffer)] for at, buffer in buffers.items())
 
     assert storage.try_write(4096, b"w" * 4096)

@@ -36,7 +36,7 @@ def test_the_tweaks_are_powers(sectors: int) -> None:
     ivs = np.frombuffer(b"".join(tweak.to_bytes(16, "little") for tweak in firsts), WORD).reshape(-1, 2)
     use = _Workspace().use(sectors)
     use.make_tweaks(ivs)
-    assert use.tweaks.tobytes() == b"".join(tweak.to_bytes(16, "little") for tweak in wanted)
+    assert use.tweak_octets.tobytes() == b"".join(tweak.to_bytes(16, "little") for tweak in wanted)
 
 
 def test_the_arrays_of_a_workspace_do_not_overlap() -> None:
