@@ -66,7 +66,6 @@ class Backup(NodeJob):
         self._owns_target = owns_target
         self._finished = finished
         self._moment: CopyBeforeWrite | None = None
-        self._broken: Exception | None = None
         self._running: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
 
@@ -79,13 +78,9 @@ class Backup(NodeJob):
                 todo.set(0, self.node.size)
         else:
             todo.absorb(self._marked)
-        self._moment = CopyBeforeWrite(self.node, self._target, todo, on_error=self._break)
+        self._moment = CopyBeforeWrite(self.node, self._target, todo, on_error=self.fail)
         self.node.watch(self._moment)
         super().start()
-
-    def _break(self, error: Exception) -> None:
-        """What a client has changed is lost for the backup."""
-        self._broken = self._broken or error
 
     async def run(self) -> None:
         """Copy in the background what nobody has changed yet."""
@@ -98,7 +93,6 @@ class Backup(NodeJob):
             while self._sync == "none":
                 await self.sleep(_IDLE_SECONDS)
                 self.current_progress = moment.copied
-                self._check()
             while moment.todo.count():
                 await self._sweep(moment)
         finally:
@@ -107,7 +101,6 @@ class Backup(NodeJob):
             if self._running:
                 await asyncio.wait(self._running)
         await self._target.flush()
-        self._check()
 
     async def _leave_out(self, todo: DirtyBitmap) -> None:
         """Unmark what need not be copied: zeroes of a target that has them, and what is the base's.
@@ -172,13 +165,8 @@ class Backup(NodeJob):
 
     def _check(self) -> None:
         """Raise what has gone wrong."""
-        error = self._broken or self._failure
-        if error is not None:
-            raise error
-
-    async def prepare(self) -> None:
-        """A client may have broken it since."""
-        self._check()
+        if self._failure is not None:
+            raise self._failure
 
     async def commit(self) -> None:
         """All is copied."""

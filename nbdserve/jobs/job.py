@@ -178,6 +178,14 @@ class Job(ABC):
         finally:
             self.busy = True
 
+    def fail(self, error: Exception) -> None:
+        """End ``run`` at once, with ``error``: what the job works for is lost. Who calls this is not ``run``."""
+        if self.failed:
+            return
+        self.error = error
+        if self._body is not None:
+            self._body.cancel()
+
     def become_ready(self) -> None:
         """Source and target are equal from now on."""
         self._transition(JobStatus.READY)
@@ -310,12 +318,13 @@ class Job(ABC):
 
     async def _live(self) -> None:
         self._body = asyncio.get_running_loop().create_task(self._work())
-        if self.cancelled:
+        if self.failed:
             self._body.cancel()
         await asyncio.wait([self._body])
         self.busy = False
         if self._body.cancelled():
-            self.cancel_requested = self.cancelled = True
+            if self.error is None:
+                self.cancel_requested = self.cancelled = True
         elif (error := self._body.exception()) is not None:
             self.error = error if isinstance(error, Exception) else JobError(repr(error))
         self._ended.set()

@@ -18,6 +18,7 @@ from nbdserve.jobs.backup import Backup
 from nbdserve.jobs.status import JobStatus
 from nbdserve.storage.memory import MemoryStorage
 from tests.jobs.chains import SIZE, UNIT, begin, chain, letters, make, opened, until
+from tests.jobs.examples import settle
 from tests.jobs.test_mirror import Full
 
 
@@ -114,6 +115,28 @@ async def test_a_full_target_fails_the_job_and_not_the_client(tmp_path: Path, wh
     assert ended == [False]
     assert await letters(node) == ("aac" if who == "client" else "aaa")
     assert not node.busy_with
+    await node.close()
+
+
+@pytest.mark.parametrize("held", ["by its speed", "by a pause"])
+async def test_a_lost_moment_ends_a_job_that_sleeps(tmp_path: Path, held: str) -> None:
+    node = await chain(tmp_path, "raw 0a 2a 4a")
+    storage = Full(bytes(SIZE))
+    target = Node([await RawDriver.open(storage, {}, read_only=False)])
+    job = begin(Backup("job", node, target, target_is_zero=True, speed=1, owns_target=False))
+    while job.busy or not job.current_progress:  # for 18 hours, after the first of three
+        await settle(1)
+    if held == "by a pause":
+        job.pause()
+        await until(job, JobStatus.PAUSED)
+    storage.error = OSError(errno.ENOSPC, "No space left on device")
+    await node.write(4 * UNIT, b"c" * UNIT)
+    async with asyncio.timeout(10):
+        await job.wait()
+    assert job.error is storage.error
+    assert not job.cancelled
+    assert await letters(target) == "a"
+    assert await letters(node) == "a.a.c"
     await node.close()
 
 
