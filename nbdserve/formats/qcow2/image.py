@@ -281,7 +281,8 @@ class Qcow2Image(Qcow2Format):
         if entry and (
             entry & layout.L1_RESERVED or host_offset & self._cluster_mask or not 0 < host_offset < self.storage.size
         ):
-            raise RequestError(errno.EIO, f"{self.path}: invalid L1 entry {entry:#x} at index {l1_index}")
+            problem = f"{self.path}: invalid L1 entry {entry:#x} at index {l1_index}"
+            raise RequestError(errno.EIO, self._broken or problem)
         return host_offset
 
     def data_place(self, host_offset: int, guest_offset: int) -> int:
@@ -358,7 +359,11 @@ class Qcow2Image(Qcow2Format):
             await self.reload()
 
     async def reload(self) -> None:
-        """Take everything from the disk anew, where the tables were replaced. Nothing in memory was to be written."""
+        """Take everything from the disk anew, where the tables were replaced. Nothing in memory was to be written.
+
+        If that fails the image is neither read nor written any more: the tables known so far may be free space by now.
+        """
+        known = self.l1
         try:
             header, sector = await read_header(self.storage)
             self.snapshots, table_bytes = await read_snapshots(self.storage, header)
@@ -378,6 +383,10 @@ class Qcow2Image(Qcow2Format):
                 await self._open_writable(sector, table_bytes)
         except BaseException as error:
             self._stop_writing(f"{self.path}: its tables were replaced, and cannot be read: {error}")
+            if self.l1 is known:
+                self.l1 = Table(known.host_offset, np.full(len(known.entries), layout.L1_RESERVED, np.uint64))
+                self.cache = L2Cache(self.cluster_size)
+                self._recent = self.cache.recent
             raise
 
     def put_l1(self, table: Table) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 from pathlib import Path
@@ -265,3 +266,28 @@ async def test_under_clients_that_write_on(tmp_path: Path) -> None:
     assert content(path) == last
     for number, expected in enumerate(kept[1:], 1):
         assert content(path, "-l", f"snapshot.name=s{number}") == expected
+
+
+async def test_tables_that_cannot_be_read_again_are_not_guessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those in memory may be free space by now: nothing is read from there."""
+    path = create(tmp_path / "a.qcow2", MIB, "cluster_size=4k")
+    qemu_io(path, "write -P 1 0 1M")
+    driver = await open_image(path)
+    assert await read(driver, 0, 512) == b"\1" * 512
+
+    async def fail(storage: FileStorage) -> None:
+        raise OSError(errno.EIO, "a bad sector")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("nbdserve.formats.qcow2.image.read_header", fail)
+        with pytest.raises(OSError, match="a bad sector"):
+            await driver.create_snapshot("s")
+    with pytest.raises(RequestError, match="tables were replaced, and cannot be read"):
+        await read(driver, 0, 512)
+    with pytest.raises(RequestError, match="tables were replaced, and cannot be read"):
+        await write(driver, 0, b"2" * 512)
+    await driver.close()
+    assert content(path) == b"\1" * MIB
+    check(path)
