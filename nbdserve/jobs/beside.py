@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, ImageError
 from nbdserve.storage.file import FileStorage, sync_parent
 
 
@@ -52,13 +52,18 @@ class Beside:
     async def publish(self, companions: Sequence[str] = (), *, sync: bool) -> None:
         """Give the files their names: those in ``companions``, relative to the image, first, the image last.
 
-        With ``sync`` the names are stable on return; the files themselves are to be before.
+        With ``sync`` the names are stable on return; the files themselves are to be before. ImageError when a name is
+        given, and is not stable.
         """
         assert self._directory is not None
         for name in (*companions, self._name):
             target = _rename(self._directory, name, os.path.dirname(self.target))  # noqa: PTH120
             if sync:
-                await sync_parent(target)
+                try:
+                    await sync_parent(target)
+                except OSError as error:
+                    problem = f"is complete, but the directory it is in could not be synced: {error.strerror}"
+                    raise ImageError(target, problem) from error
 
     async def close(self) -> None:
         """Remove what has no name yet."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -23,6 +24,20 @@ async def test_a_new_file_gets_its_name_at_the_end(tmp_path: Path) -> None:
     await beside.close()
     assert ((tmp_path / "image").read_text(), (tmp_path / "part").read_text()) == ("new", "its part")
     assert sorted(os.listdir(tmp_path)) == ["image", "part"]
+
+
+async def test_a_name_that_may_not_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(path: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("nbdserve.jobs.beside.sync_parent", fail)
+    beside = Beside(str(tmp_path / "image"))
+    await beside.open()
+    Path(beside.path).write_text("new")
+    with pytest.raises(ImageError, match=r"image: is complete, but .* could not be synced: Input/output error"):
+        await beside.publish(sync=True)
+    await beside.close()
+    assert os.listdir(tmp_path) == ["image"]
 
 
 async def test_what_is_not_published_is_removed(tmp_path: Path) -> None:
