@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any, Final
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
 from nbdserve.block.window import NodeStorage
-from nbdserve.errors import ConfigError, ImageError
+from nbdserve.errors import ConfigError, ImageError, RequestError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.probe import probe
 from nbdserve.formats.registry import DRIVERS, driver_for
@@ -291,7 +292,8 @@ async def reopen(node: Node, index: int, *, read_only: bool) -> FormatDriver:
     """Open ``node.layers[index]`` again, for writing or not, in the place of the one there is; inside ``drained``.
 
     The file is the same one, whatever its name has become; it is unlocked in between. ImageError, with the layer as it
-    was, when it cannot be: another process uses it, or the file may not be written.
+    was, when it cannot be: another process uses it, or the file may not be written. What closing the old one raises
+    (OSError, RequestError) is raised when the new one has taken its place.
     """
     old = node.layers[index]
     origin, storage = old.origin, old.storage
@@ -301,8 +303,12 @@ async def reopen(node: Node, index: int, *, read_only: bool) -> FormatDriver:
         fds = [storage.descriptor(read_only=mode) for mode in (read_only, storage.read_only)]
     except OSError as error:
         raise ImageError(old.path, f"cannot be opened again: {error.strerror}") from error
+    failure: OSError | RequestError | None = None
     try:
-        await old.close()
+        try:
+            await old.close()
+        except (OSError, RequestError) as error:  # closed it is nevertheless, and clients go on reading
+            failure = error
         try:
             new = await _open_fd(fds.pop(0), old, origin, read_only=read_only)
         except Exception:
@@ -312,7 +318,18 @@ async def reopen(node: Node, index: int, *, read_only: bool) -> FormatDriver:
         for fd in fds:
             os.close(fd)
     await _replace(node, index, new)
+    if failure is not None:
+        raise failure
     return new
+
+
+async def close_to_writing(node: Node, index: int) -> None:
+    """``reopen`` read-only a layer that nobody writes any more, and whose data was flushed; inside ``drained``.
+
+    If that fails it stays open for writing. If closing it does, it is not marked as closed cleanly, or has leaks.
+    """
+    with contextlib.suppress(ImageError, RequestError, OSError):
+        await reopen(node, index, read_only=True)
 
 
 async def _open_fd(fd: int, old: FormatDriver, origin: Origin, *, read_only: bool) -> FormatDriver:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nbdserve.block.drain import uninterrupted
-from nbdserve.block.graph import reopen
+from nbdserve.block.graph import close_to_writing, reopen
 from nbdserve.block.lower import LowerNode
 from nbdserve.block.node import Node
 from nbdserve.errors import ImageError, JobError
@@ -59,7 +59,7 @@ async def close_base(node: Node, index: int) -> None:
     """Undo ``open_base``: nobody writes the layer any more."""
     if not node.layers[index].read_only:
         async with node.drained():
-            await uninterrupted(reopen(node, index, read_only=True))
+            await uninterrupted(close_to_writing(node, index))
 
 
 class ActiveCommit(Mirror):
@@ -184,4 +184,4 @@ async def name_backing(
         await layer.set_backing(reference, backing)
     finally:
         if read_only:
-            await reopen(node, index, read_only=True)
+            await close_to_writing(node, index)

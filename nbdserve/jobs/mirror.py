@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any, ClassVar, Final
 
 from nbdserve.block.node import Node
-from nbdserve.errors import JobError
+from nbdserve.errors import JobError, RequestError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.jobs.job import Job
 from nbdserve.jobs.live_copy import CHUNK, GRANULARITY, LiveCopy
@@ -45,7 +46,8 @@ class NodeJob(Job):
         self.node.busy_with = ""
         await self._held.aclose()
         for layer in self._dropped:
-            await layer.close()
+            with contextlib.suppress(OSError, RequestError):  # nothing of the disk is in it any more
+                await layer.close()
 
 
 class Mirror(NodeJob):

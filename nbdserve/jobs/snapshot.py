@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from nbdserve.block.drain import drained
-from nbdserve.block.graph import Origin, reopen
+from nbdserve.block.graph import Origin, close_to_writing, reopen
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
-from nbdserve.errors import ConfigError, ImageError, JobError
+from nbdserve.errors import ConfigError, JobError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.registry import driver_for
 from nbdserve.storage.file import FileStorage, sync_parent
@@ -98,8 +97,7 @@ async def snapshot(pairs: Sequence[tuple[Node, FormatDriver]]) -> None:
         for node, overlay in pairs:
             node.replace_layers([overlay, *node.layers])
         for node, _ in pairs:
-            with contextlib.suppress(ImageError):  # then it stays open for writing, which nobody does
-                await reopen(node, 1, read_only=True)
+            await close_to_writing(node, 1)
 
 
 async def undo(node: Node) -> FormatDriver:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdserve.errors import ConfigError, ImageError, JobError
+from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.jobs.commit import ActiveCommit, Commit
 from nbdserve.jobs.status import JobStatus
@@ -32,6 +33,47 @@ async def test_layers_in_the_middle_go_into_the_base_and_out_of_the_chain(tmp_pa
     assert top.backing is not None
     assert (top.backing.name, top.backing.format) == ("0.raw", "raw")
     await top.close()
+
+
+@pytest.mark.parametrize("kind", ["commit", "active commit"])
+async def test_what_is_not_needed_any_more_may_fail_to_close(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    node = await chain(tmp_path, "qcow2 0a 1a", "qcow2 1b", "qcow2 2c", "qcow2 3d")
+    closed = []
+    for layer in node.layers[1:3] if kind == "commit" else node.layers[:3]:
+
+        async def fail(layer: FormatDriver = layer) -> None:
+            await type(layer).close(layer)
+            closed.append(layer)
+            raise OSError(errno.EIO, "lost")
+
+        monkeypatch.setattr(layer, "close", fail)
+    await (Commit("job", node, 1, 3) if kind == "commit" else ActiveCommit("job", node, 3, auto_complete=True)).result()
+    assert len(closed) == (2 if kind == "commit" else 3)
+    assert await letters(node) == "abcd"
+    await node.close()
+
+
+async def test_a_base_that_cannot_be_closed_well_is_read_nevertheless(tmp_path: Path) -> None:
+    node = await chain(tmp_path, "qcow2 0a", "qcow2 1b")
+    job = begin(ActiveCommit("job", node))
+    await until(job, JobStatus.READY)
+    base = node.layers[1]
+
+    async def fail() -> None:
+        await type(base).close(base)
+        raise OSError(errno.EIO, "lost")
+
+    base.close = fail  # type: ignore[method-assign]
+    job.cancel(force=True)
+    await job.wait()
+    assert node.layers[1] is not base
+    assert node.layers[1].read_only
+    assert await letters(node) == "ab"
+    await ActiveCommit("job", node, auto_complete=True).result()
+    assert await letters(node) == "ab"
+    await node.close()
 
 
 async def test_the_layer_above_is_opened_for_its_header_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,24 @@ async def test_what_follows_goes_into_the_new_layer(tmp_path: Path) -> None:
     assert await letters(node) == "cb"
     await node.close()
     assert await opened(tmp_path / "new.qcow2") == "cb"
+
+
+async def test_the_layer_below_cannot_be_closed_well(tmp_path: Path) -> None:
+    """It was flushed, so the snapshot holds, and clients read through it."""
+    node = await chain(tmp_path, "raw 0a", "qcow2 1b")
+    overlay = await create_overlay(str(tmp_path / "new.qcow2"), "qcow2", node)
+    below = node.top
+
+    async def fail() -> None:
+        await type(below).close(below)
+        raise OSError(errno.EIO, "lost")
+
+    below.close = fail  # type: ignore[method-assign]
+    await snapshot([(node, overlay)])
+    assert [layer.read_only for layer in node.layers] == [False, True, True]
+    await node.write(0, b"c" * UNIT)
+    assert await letters(node) == "cb"
+    await node.close()
 
 
 async def test_several_or_none(tmp_path: Path) -> None:
