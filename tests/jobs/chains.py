@@ -54,9 +54,11 @@ async def chain(folder: Path, *layers: str, sizes: tuple[int, ...] = ()) -> Node
 async def letters(node: Node) -> str:
     """One character for each unit: the byte it is full of, ``.`` for zeroes."""
     shown = []
+    content = await node.read(0, node.size)
     for offset in range(0, node.size, UNIT):
-        (byte,) = set(await node.read(offset, min(UNIT, node.size - offset)))
-        shown.append(chr(byte) if byte else ".")
+        unit = content[offset : offset + UNIT]
+        assert unit == unit[:1] * len(unit), f"different bytes in the unit at {offset}"
+        shown.append(chr(unit[0]) if unit[0] else ".")
     return "".join(shown).rstrip(".")
 
 

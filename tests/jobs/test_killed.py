@@ -9,56 +9,48 @@ from typing import Any
 
 import pytest
 
-from nbdserve.storage.file import FileStorage
+from nbdserve.block.graph import open_image
+from nbdserve.block.spec import ImageSpec
 from tests.jobs.chains import chain, letters, make, opened
-from tests.jobs.test_faults import CONTENT, JOBS, LAYERS, METHODS
+from tests.jobs.faults import CONTENT, LAYERS, OPERATIONS, READS, SIZE, Bench, intercepted
 from tests.support import images
 
 STEP = int(os.environ.get("NBDSERVE_KILL_STEP", "6"))
-"""Every how many operations on files the files are looked at; 1: before each of them."""
+"""Every how many calls that change files the files are looked at; 1: before each of them."""
 
 
-@pytest.mark.parametrize("kind", ["commit", "active commit", "stream", "rebase"])
-async def test_every_moment_of_a_job_leaves_images_that_read_as_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+@pytest.mark.parametrize(
+    "kind", ["commit", "active commit", "stream", "stream to base", "rebase", "mirror", "snapshot"]
+)
+async def test_every_moment_of_a_job_leaves_images_that_read_as_before(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "live"
     folder.mkdir()
-    node = await chain(folder, *LAYERS)
-    target = await make(folder / "target.qcow2")
-    assert target.exists()
+    node = await chain(folder, *LAYERS, sizes=(SIZE,) * len(LAYERS))
+    target = await open_image(ImageSpec(str(await make(folder / "target.qcow2", size=SIZE)), "qcow2"))
     moments: list[Path] = []
     count = 0
 
-    def keep(name: str) -> None:
-        real = getattr(FileStorage, name)
+    def keep(name: str, args: tuple[Any, ...]) -> bool:
+        nonlocal count
+        if name not in READS:
+            if count % STEP == 0:
+                moments.append(tmp_path / f"{count}-{name}")
+                shutil.copytree(folder, moments[-1])
+            count += 1
+        return False
 
-        async def method(storage: FileStorage, *arguments: Any, **options: Any) -> Any:
-            nonlocal count
-            if name != "read_into":
-                if count % STEP == 0:
-                    moments.append(tmp_path / f"{count}-{name}")
-                    shutil.copytree(folder, moments[-1])
-                count += 1
-            return await real(storage, *arguments, **options)
-
-        monkeypatch.setattr(FileStorage, name, method)
-
-    for name in METHODS:
-        keep(name)
-    for name in ("_try_write_memory", "_try_write_nowait"):
-        monkeypatch.setattr(FileStorage, name, lambda *arguments: False)
-    await JOBS[kind](node, node).result()
+    with intercepted(keep, keep):
+        await OPERATIONS[kind].run(Bench(folder, node, target))
     moments.append(tmp_path / "end")
     shutil.copytree(folder, moments[-1])
-    monkeypatch.undo()
     assert await letters(node) == CONTENT
+    path = Path(node.path)
     await node.close()
+    await target.close()
     assert len(moments) > 1
     for number, moment in enumerate(moments):
         assert await opened(moment / "2.qcow2") == CONTENT, moment.name
         if STEP == 1 or number % 3 == 0:
             for name in ("1.qcow2", "2.qcow2"):
                 images.check(moment / name, leaks_allowed=True)
-    if kind == "active commit":
-        assert await opened(moments[-1] / "0.raw") == CONTENT
+    assert await opened(moments[-1] / path.name) == CONTENT
