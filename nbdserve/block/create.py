@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.storage.file import FileStorage, sync_parent
 
@@ -31,20 +32,26 @@ async def create_files(
     """Make an image of ``size`` bytes of the files ``paths``: its own first, then its ``created_companions``.
 
     The options are checked already. Files that were not there before are removed again when it fails. OSError,
-    ImageError.
+    ImageError; ConfigError, with nothing changed, for a file that is to be kept and has not the size of the disk.
     """
     made = _missing(paths)
     if options.get("nocow") in ("on", "yes", "true", "y"):
         for path in paths:
             _turn_off_cow(path)
-    storages: list[FileStorage] = []
+    storages: dict[str, FileStorage] = {}
     try:
+        if driver.keeps_companions:  # these first: opened to be made anew, a file is emptied
+            for path in paths[1:]:
+                if path in made:
+                    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+                storages[path] = await FileStorage.open(path, cache=cache)
+                if path not in made:
+                    _check_kept(storages[path], driver.created_size(size, options))
         for path in paths:
-            kept = driver.keeps_companions and path != paths[0]
-            if kept and path in made:
-                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
-            storages.append(await FileStorage.open(path, create=not kept, cache=cache))
-        await driver.create(storages[0], size, options, companions=storages[1:], backing=backing, secret=secret)
+            if path not in storages:
+                storages[path] = await FileStorage.open(path, create=True, cache=cache)
+        own, *companions = (storages[path] for path in paths)
+        await driver.create(own, size, options, companions=companions, backing=backing, secret=secret)
         if cache != "unsafe":
             for path in made:
                 await sync_parent(path)
@@ -52,8 +59,17 @@ async def create_files(
         _remove(made)
         raise
     finally:
-        for storage in storages:
+        for storage in storages.values():
             await storage.close()
+
+
+def _check_kept(storage: FileStorage, size: int) -> None:
+    """ConfigError unless a file that is kept can be part of a disk of ``size`` bytes as it is."""
+    if storage.size != size:
+        raise ConfigError(
+            f"{storage.path}: it is there and has {storage.size} bytes, the disk has {size}: a file that is there is "
+            f"not made longer or shorter; give the image its size, or give a file of {size} bytes, or a new name"
+        )
 
 
 def _missing(paths: Sequence[str]) -> list[str]:

@@ -142,7 +142,7 @@ class FormatDriver(ABC):
     preallocation_modes: ClassVar[tuple[str, ...]] = ()
     """What ``preallocate`` takes."""
     keeps_companions: ClassVar[bool] = False
-    """``create`` leaves what its companions hold, so they are not emptied for it."""
+    """``create`` leaves what its companions hold: those that are there have the size of the disk."""
 
     checks_every_file: ClassVar[bool] = False
     """``check`` judges the companions with guest data too, and is told of the backing file (``see_backing``)."""

@@ -24,7 +24,9 @@ CREATE_OPTIONS: Final = (
     CreateOption("size", "Virtual disk size"),
     CreateOption("backing_file", "File name of a base image"),
     CreateOption("backing_fmt", "Image format of the base image"),
-    CreateOption("raw_file", "File name of the raw image that takes the writes; its content is kept if it exists"),
+    CreateOption(
+        "raw_file", "File name of the raw image that takes the writes; one that is there has its size, and is kept"
+    ),
     CreateOption("cluster_size", "What one bit of the bitmap stands for", "65536"),
 )
 
@@ -77,8 +79,8 @@ async def create_raw_cow(
 ) -> None:
     """Make ``storage`` an image of ``size`` bytes over ``raw``, no bit of it set. ConfigError before a file is touched.
 
-    What the raw file holds stays there; if it is shorter than the disk it grows. The header is written last and behind
-    a barrier: before, the file is no raw-cow image, from then on it is a complete one.
+    What the raw file holds stays there; a new one, still empty, gets the size of the disk. The header is written last
+    and behind a barrier: before, the file is no raw-cow image, from then on it is a complete one.
     """
     header = plan_header(size, options)
     header = replace(header, mtime=mtime_of(backing))

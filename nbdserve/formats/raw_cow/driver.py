@@ -131,7 +131,7 @@ class RawCowDriver(FormatDriver):
         backing: FormatDriver | None = None,
         secret: bytes | None = None,
     ) -> None:
-        """Make ``storage`` an image with no bit set; a raw file that is there keeps what it holds."""
+        """Make ``storage`` an image with no bit set; the raw file keeps what it holds."""
         await create_raw_cow(storage, companions[0], size, options, backing=backing)
 
     def info(self) -> ImageInfo:

@@ -1,4 +1,5 @@
 import asyncio
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -179,16 +180,32 @@ def test_the_driver_sees_the_open_backing_file(tmp_path: Path, monkeypatch: pyte
 
 def test_a_raw_file_keeps_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("vm.img").write_bytes(b"precious" * 1000)
+    Path("vm.img").write_bytes(b"precious" * (1 << 17))
+    os.utime("vm.img", (1, 1))
     Path("base").write_bytes(bytes(1 << 20))
     ran = image(
         monkeypatch, "create", "-f", "raw-cow", "-o", "backing_file=base,backing_fmt=raw,raw_file=vm.img", "vm.raw-cow"
     )
     assert ran.code == 0, ran.err
-    assert Path("vm.img").read_bytes() == (b"precious" * 1000).ljust(1 << 20, b"\0")
+    assert Path("vm.img").read_bytes() == b"precious" * (1 << 17)
+    assert Path("vm.img").stat().st_mtime == 1
     ran = image(monkeypatch, "create", "-f", "raw-cow", "-o", "raw_file=new.img", "new.raw-cow", "3M")
     assert ran.code == 0, ran.err
     assert Path("new.img").stat().st_size == 3 << 20
+
+
+@pytest.mark.parametrize("length", [0, 8000, 3 << 20])
+def test_a_raw_file_of_another_size_is_refused(length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("passwd").write_bytes(b"p" * length)
+    Path("old").write_bytes(b"an image")
+    ran = image(monkeypatch, "create", "-f", "raw-cow", "-o", "raw_file=passwd", "old", "1M")
+    assert ran.code == 1
+    assert f"passwd: it is there and has {length} bytes, the disk has 1048576" in ran.err
+    assert Path("passwd").read_bytes() == b"p" * length
+    assert Path("old").read_bytes() == b"an image"
+    assert image(monkeypatch, "create", "-f", "raw-cow", "-o", "raw_file=passwd", "new", "1M").code == 1
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize("name", ["base", "link", "vm.raw-cow", "./vm.raw-cow"])
