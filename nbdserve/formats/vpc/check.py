@@ -28,7 +28,11 @@ _MOST_MESSAGES: Final = 20
 
 
 async def check_vpc(driver: VpcDriver, *, repair_leaks: bool, repair_errors: bool) -> CheckResult:
-    """See ``FormatDriver.check``. A leak is room for a block between the last one and the footer."""
+    """See ``FormatDriver.check``.
+
+    A leak is room for a block between the last one and the footer, and a footer that a resize did not come to: the copy
+    at the beginning counts, and the next block that is allocated puts the footer right.
+    """
     found = await _Check(driver).run()
     errors, leaks = repair_errors and found.corruptions > 0, repair_leaks and found.leaks > 0
     if not (errors or leaks):
@@ -60,6 +64,10 @@ class _Check:
         self.result.corruptions += 1
         self.result.messages.append(f"ERROR {message}")
 
+    def _leak(self, count: int, message: str) -> None:
+        self.result.leaks += count
+        self.result.messages.append(f"Leaked: {message}")
+
     def _footers(self) -> None:
         driver, footers = self.driver, self.driver.footers
         copies = [("footer", footers.end)]
@@ -71,6 +79,8 @@ class _Check:
                     self._error(f"{what}: missing")
             elif not footer.sound:
                 self._error(f"{what}: wrong checksum")
+            elif footer.size < driver.size and footer.with_size_of(driver.footer) == driver.footer:
+                self._leak(1, f"the {what} has {footer.size} bytes, as before a resize that was cut short")
             elif footer != driver.footer:
                 self._error(f"{what}: differs from the other one")
 
@@ -104,9 +114,9 @@ class _Check:
         result.image_end_offset = end + layout.FOOTER_SIZE
         tail = driver.storage.size - result.image_end_offset
         if driver.storage.grows_zeroed and tail > 0:
-            result.leaks = tail // (_stride(driver) * SECTOR_SIZE)
-            if result.leaks:
-                result.messages.append(f"Leaked: {tail} bytes between the last block and the footer")
+            blocks = tail // (_stride(driver) * SECTOR_SIZE)
+            if blocks:
+                self._leak(blocks, f"{tail} bytes between the last block and the footer")
 
 
 def _stride(driver: VpcDriver) -> int:

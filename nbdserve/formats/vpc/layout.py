@@ -5,7 +5,7 @@ Footer and dynamic disk header; all integers are big endian. Pure: nothing here 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import construct as c
@@ -133,6 +133,17 @@ class Footer:
         if self.creator_app in EXACT_CREATORS or chs == MAX_GEOMETRY_SECTORS:
             return self.current_size // SECTOR_SIZE * SECTOR_SIZE
         return chs * SECTOR_SIZE
+
+    def with_size_of(self, other: Footer) -> Footer:
+        """This footer with everything that tells the size as in the other one."""
+        return replace(
+            self,
+            current_size=other.current_size,
+            cylinders=other.cylinders,
+            heads=other.heads,
+            sectors_per_track=other.sectors_per_track,
+            creator_app=other.creator_app,
+        )
 
     @classmethod
     def parse(cls, data: bytes | bytearray, path: str) -> Footer:

@@ -30,6 +30,8 @@ def resized_footer(footer: Footer, size: int) -> Footer:
         raise ConfigError(f"size={size}: a VHD has whole sectors of 512 bytes")
     if size < footer.size:
         raise ConfigError(f"size={size}: a VHD cannot be made smaller than it is ({footer.size} bytes)")
+    if size == footer.size:
+        return footer
     creator, geometry = footer.creator_app, fitting_geometry(size)
     if creator not in layout.EXACT_CREATORS and image_size(size, exact=False)[0] != size:
         creator, geometry = b"qem2", MAX_GEOMETRY
@@ -60,7 +62,7 @@ async def resize_fixed(storage: Storage, footer: Footer, larger: Footer) -> None
 
 
 async def resize_blocks(driver: VpcDriver, space: BlockSpace, larger: Footer, parent_size: int = 0) -> None:
-    """Give an image a table for more blocks, then both footers of the new size. Nothing else is under way.
+    """Give an image a table for more blocks, then the new size to both footers. Nothing else is under way.
 
     What the parent of a differencing image, of ``parent_size`` bytes, has behind the old end does not appear: there are
     zeroes over it before the footers change. Until they do, all of this is outside the disk.
@@ -71,8 +73,7 @@ async def resize_blocks(driver: VpcDriver, space: BlockSpace, larger: Footer, pa
         raise ConfigError(f"size={larger.size}: too many blocks of {header.block_size} bytes")
     await space.tidy()
     if needed > header.max_entries:
-        header = await _enlarge_table(driver, replace(header, max_entries=needed))
-        space.end = storage.size - FOOTER_SIZE
+        header = await _enlarge_table(driver, space, replace(header, max_entries=needed))
         await space.tidy()
     await _clear_last_block(driver)
     hidden = min(parent_size, larger.size)
@@ -82,14 +83,24 @@ async def resize_blocks(driver: VpcDriver, space: BlockSpace, larger: Footer, pa
         if first < last:
             await _put_zeroes(storage, header, space, index, first // SECTOR_SIZE, div_ceil(last, SECTOR_SIZE))
     await space.tidy()
-    await storage.write_stable([(storage.size - FOOTER_SIZE, larger.build())])
+    await _barrier_size(storage, larger)
+    await storage.write_stable([(space.end, larger.build())])
+
+
+async def _barrier_size(storage: Storage, larger: Footer) -> None:
+    """The copy at the beginning has the new size before the footer has it.
+
+    Crash before the barrier: the old size or the new one for us and for stock tools, who go by the copy. Crash after
+    it: whoever goes by the footer sees the old size still, and so cannot write where others do not look; the footer is
+    written anew with the next block.
+    """
     await storage.write_stable([(0, larger.build())])
 
 
-async def _enlarge_table(driver: VpcDriver, header: DynamicHeader) -> DynamicHeader:
+async def _enlarge_table(driver: VpcDriver, space: BlockSpace, header: DynamicHeader) -> DynamicHeader:
     """The header that names the table with the entries ``header`` has.
 
-    A table that has to move goes to the end of the file, in front of the footer; the header names it, in one sector,
+    A table that has to move goes where the footer is, and the footer behind it; the header names it, in one sector,
     when it is stable there.
     """
     storage, words = driver.storage, driver.table.words
@@ -101,8 +112,8 @@ async def _enlarge_table(driver: VpcDriver, header: DynamicHeader) -> DynamicHea
     else:
         table = np.full(align_up(header.max_entries, SECTOR_SIZE // ENTRY_SIZE), UNUSED, np.uint32)
         table[: len(words)] = words
-        place = storage.size - FOOTER_SIZE
-        await storage.write_stable([(place + table.nbytes, driver.footer.build())])
+        place, space.end = space.end, space.end + table.nbytes
+        await storage.write_stable([(space.end, driver.footer.build())])
         await storage.write_stable([(place, table.astype(">u4").tobytes())])
         header = replace(header, table_offset=place)
     await storage.write_stable([(driver.footer.data_offset, header.build())])

@@ -112,6 +112,48 @@ async def test_at_every_moment_there_is_a_footer(options: dict[str, str]) -> Non
     assert sizes[-1] == 2 * MIB
 
 
+@pytest.mark.parametrize("mended_by", ["repair", "allocation", "resize"])
+async def test_cut_short_between_the_footers(tmp_path: Path, mended_by: str) -> None:
+    path = await make(tmp_path / "a.vhd", MIB, block_size="64k", force_size="on")
+    old = path.read_bytes()[-512:]
+    driver = await open_driver(path)
+    await driver.resize(2 * MIB)
+    await driver.close()
+    path.write_bytes(path.read_bytes()[:-512] + old)
+    assert json.loads(run("qemu-img", "info", "--output=json", "-f", "vpc", path))["virtual-size"] == 2 * MIB
+    driver = await open_driver(path)
+    found = await driver.check()
+    assert (found.corruptions, found.leaks, driver.size) == (0, 1, 2 * MIB)
+    assert found.messages == ["Leaked: the footer has 1048576 bytes, as before a resize that was cut short"]
+    if mended_by == "repair":
+        assert (await driver.check(repair_leaks=True)).leaks_fixed == 1
+    elif mended_by == "resize":
+        await driver.resize(2 * MIB)
+    await driver.close()
+    if mended_by == "allocation":
+        qemu_io(path, "write -P 3 1M 512")
+    data = path.read_bytes()
+    assert data[-512:] == data[:512] != old
+    driver = await open_driver(path, read_only=True)
+    assert (await driver.check()).messages == []
+    await driver.close()
+
+
+@pytest.mark.parametrize("change", [(48, 1), (60, 1), (68, 1)])
+async def test_other_differences_of_footers_are_errors(tmp_path: Path, change: tuple[int, int]) -> None:
+    """A size, a type and an identity that no resize leaves."""
+    path = await make(tmp_path / "a.vhd", MIB, block_size="64k", force_size="on")
+    data = bytearray(path.read_bytes())
+    footer = data[-512:]
+    footer[change[0]] += change[1]
+    footer[64:68] = layout.checksum(footer, 64).to_bytes(4, "big")
+    data[-512:] = footer
+    path.write_bytes(data)
+    driver = await open_driver(path, read_only=True)
+    assert (await driver.check()).messages == ["ERROR footer: differs from the other one"]
+    await driver.close()
+
+
 @pytest.mark.parametrize("block_size", ["4k", "64k", "2M"])
 @pytest.mark.parametrize("base_size", [MIB, 2 * MIB, 5 * MIB])
 async def test_a_parent_does_not_appear(tmp_path: Path, base_size: int, block_size: str) -> None:
