@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Final
 
 from nbdserve.admin.blockdev import (
@@ -29,7 +28,7 @@ from nbdserve.admin.objects import ObjectTable, ThrottleGroupEntry
 from nbdserve.admin.paths import PathPolicy
 from nbdserve.block.filters.snapshot_access import snapshot_access
 from nbdserve.block.filters.throttle import ThrottledNode
-from nbdserve.block.graph import image_roots, open_image
+from nbdserve.block.graph import open_image
 from nbdserve.block.node import Node
 from nbdserve.block.spec import BackingSpec, ImageSpec
 from nbdserve.errors import ConfigError, ImageError
@@ -143,7 +142,7 @@ class _Making:
             storage = NullStorage(align_up(options.size, SECTOR_SIZE), read_only=options.read_only)
             return Node([await RawDriver.open(storage, {}, read_only=options.read_only)])
         spec = await self._spec(options)
-        return await open_image(spec, image_roots(spec.path, self._opener.paths.roots))
+        return await open_image(spec, await asyncio.to_thread(self._opener.paths.image_roots))
 
     def name_parts(self, entry: NodeEntry) -> None:
         """Give the parts of the chain the names the options have for them."""
@@ -153,8 +152,9 @@ class _Making:
             if layer_name is not None and layer is not entry.node.top:
                 entry.inner_names[layer_name] = layer
 
-    async def _spec(self, options: BlockdevOptions) -> ImageSpec:
+    async def _spec(self, options: BlockdevOptions, *, read_only: bool = False) -> ImageSpec:
         generic = _generic(options)
+        generic["read_only"] |= read_only
         self._layer_names.append(options.node_name)
         if isinstance(options, FileOptions):
             self._file_names.append(None)
@@ -172,7 +172,7 @@ class _Making:
         if options.encrypt is not None:
             spec = replace(spec, secret=self._secret(options.encrypt.key_secret, "encrypt."))
         if options.data_file is not None:
-            spec = replace(spec, data_file=await self._data_file(options.data_file))
+            spec = replace(spec, data_file=await self._data_file(options.data_file, read_only=spec.read_only))
         if "backing" in options.model_fields_set:
             spec = replace(spec, backing=await self._backing(options.backing))
         return spec
@@ -185,12 +185,13 @@ class _Making:
                 f"Could not open backing file: '{given}' names a node; describe the backing image here instead"
             )
         assert isinstance(given, FileOptions | NullOptions | NbdOptions | RawOptions | LuksOptions | ImageOptions)
-        return replace(await self._spec(given), read_only=True)
+        return await self._spec(given, read_only=True)
 
-    async def _data_file(self, given: object) -> ImageSpec:
+    async def _data_file(self, given: object, *, read_only: bool) -> ImageSpec:
         if not isinstance(given, FileOptions):
             raise QmpError("'data-file': give the options of a 'file' or 'host_device' node here")
-        return await self._file(given, ImageSpec("", "raw", **_generic(given)))
+        spec = ImageSpec("", "raw", **_generic(given))
+        return await self._file(given, replace(spec, read_only=spec.read_only or read_only))
 
     async def _below(self, given: object, spec: ImageSpec) -> ImageSpec:
         """``spec`` with what holds the image's bytes."""
@@ -209,20 +210,22 @@ class _Making:
         self._file_names.append(given.node_name)
         inner = _Making(self._opener)
         inner.opened = self.opened
-        below = await inner._spec(given)
+        below = await inner._spec(given, read_only=spec.read_only)
         self.children += inner.children
         return replace(spec, path=below.path, file=below)
 
     async def _file(self, given: FileOptions, spec: ImageSpec) -> ImageSpec:
-        path = await self._opener.paths.check(given.filename)
-        if given.driver == "host_device" and not await asyncio.to_thread(Path(path).is_block_device):
-            raise QmpError(f"'host_device' driver requires '{given.filename}' to be a block device")
         if given.locking == "off":
             raise QmpError("'locking': images are always locked, leave it out")
         mode = _cache(given) if given.cache is not None else spec.cache
-        return replace(
-            spec, path=path, cache=mode, read_only=spec.read_only or given.read_only, force_share=spec.force_share
+        read_only = spec.read_only or given.read_only
+        storage = await self._opener.paths.open(
+            given.filename, read_only=read_only, cache=mode, force_share=spec.force_share
         )
+        self.opened.push_async_callback(storage.close)
+        if given.driver == "host_device" and not storage.is_device:
+            raise QmpError(f"'host_device' driver requires '{given.filename}' to be a block device")
+        return replace(spec, path=storage.path, opened=storage, cache=mode, read_only=read_only)
 
     async def _reference(self, name: str, spec: ImageSpec) -> ImageSpec:
         """The bytes of a node that is there: a file's, under the locks it holds."""

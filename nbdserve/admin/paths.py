@@ -1,14 +1,22 @@
-"""Which files commands may name: those below the image roots, like the names in image headers."""
+"""Which files commands may name: those below the image roots, like the names in image headers.
+
+A name is opened and judged in one step (``ImageRoots``): a symbolic link put in its way meanwhile leads nowhere.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
-import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from nbdserve.admin.errors import QmpError
+from nbdserve.storage.file import FileStorage
+from nbdserve.storage.roots import ImageRoots
+
+T = TypeVar("T")
 
 
 class PathPolicy:
@@ -25,24 +33,54 @@ class PathPolicy:
         if real not in self.roots:
             self.roots.append(real)
 
-    async def check(self, path: str, *, exists: bool = True) -> str:
-        """``path``, absolute. QmpError where it leads outside the roots, or, with ``exists``, nowhere."""
-        return await asyncio.to_thread(self._check, path, exists)
+    def image_roots(self) -> ImageRoots:
+        """Those of the roots that are there now, for the names in headers."""
+        return ImageRoots([root for root in self.roots if root.is_dir()])
 
-    def _check(self, path: str, exists: bool) -> str:
-        if not path or "\0" in path:
-            raise QmpError(f"Could not open '{path}': the file name is empty or contains a NUL")
-        full = os.path.abspath(path)  # noqa: PTH100 - symbolic links are kept
-        if not any(Path(os.path.realpath(full)).is_relative_to(root) for root in self.roots):
+    async def open(
+        self, path: str, *, read_only: bool, cache: str = "writeback", force_share: bool = False
+    ) -> FileStorage:
+        """The file a command names, open and locked. QmpError in QEMU's words; ImageError for the lock."""
+        fd = await asyncio.to_thread(self._open, path, os.O_RDONLY if read_only else os.O_RDWR)
+        return await FileStorage.from_fd(fd, full_path(path), cache=cache, force_share=force_share)
+
+    async def create(self, path: str) -> tuple[FileStorage, bool]:
+        """The same for writing, empty, and whether it was made, which it is when there is none."""
+        fd, is_new = await asyncio.to_thread(self._create, path)
+        try:
+            return await FileStorage.from_fd(fd, full_path(path), empty=True), is_new
+        except BaseException:
+            if is_new:
+                await self.remove(path)
+            raise
+
+    async def remove(self, path: str) -> None:
+        """Remove what ``create`` made. OSError."""
+        await asyncio.to_thread(lambda: self.image_roots().remove(full_path(path)))
+
+    def _open(self, path: str, flags: int) -> int:
+        return _told(path, lambda: self.image_roots().open(full_path(path), flags))
+
+    def _create(self, path: str) -> tuple[int, bool]:
+        return _told(path, lambda: self.image_roots().create(full_path(path)))
+
+
+def full_path(path: str) -> str:
+    """``path``, absolute. QmpError when it cannot be one."""
+    if not path or "\0" in path:
+        raise QmpError(f"Could not open '{path}': the file name is empty or contains a NUL")
+    return os.path.abspath(path)  # noqa: PTH100 - symbolic links are kept
+
+
+def _told(path: str, work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except OSError as error:
+        if error.errno == errno.EXDEV:
             raise QmpError(
                 f"Could not open '{path}': it is outside the image roots; add its directory to image_roots "
                 "of [server], or start with --image-root"
-            )
-        if exists:
-            try:
-                status = Path(full).stat()
-            except OSError as error:
-                raise QmpError(f"Could not open '{path}': {error.strerror}") from None
-            if stat.S_ISDIR(status.st_mode):
-                raise QmpError(f"Could not open '{path}': Is a directory")
-        return full
+            ) from None
+        if error.errno == errno.EINVAL:
+            raise QmpError(f"Could not open '{path}': it is neither a regular file nor a block device") from None
+        raise QmpError(f"Could not open '{path}': {error.strerror}") from None

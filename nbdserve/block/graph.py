@@ -355,7 +355,7 @@ async def _open_data_file(
 ) -> Storage:
     """The data file the user gave."""
     chosen = replace(chosen, cache=spec.cache, force_share=spec.force_share)
-    data_file = await open_storage(chosen, read_only=read_only)
+    data_file = chosen.opened or await open_storage(chosen, read_only=read_only)
     files.push_async_callback(data_file.close)
     if isinstance(data_file, FileStorage) and data_file.identity == _file_identity(storage):
         raise ImageError(storage.path, _ITSELF, field="data file", value=data_file.path)

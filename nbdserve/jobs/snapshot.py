@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,11 +26,13 @@ async def create_overlay(
     options: Mapping[str, str] | None = None,
     backing_name: str | None = None,
     roots: ImageRoots | None = None,
+    make: Callable[[], Awaitable[FileStorage]] | None = None,
 ) -> FormatDriver:
     """A new image at ``path`` over the top layer of ``node``, open for writing.
 
     ``options`` are those of ``create``; ``backing_name`` is how the header names the layer, its absolute path unless
-    both are in one directory. ConfigError, ImageError or OSError; a file that was not there before is removed then.
+    both are in one directory; ``make`` opens the file, empty, and is then the one to remove it again. ConfigError,
+    ImageError or OSError; a file that was not there before is removed then.
     """
     driver = driver_for(format_name)
     below = node.top
@@ -43,9 +45,9 @@ async def create_overlay(
         raise ConfigError(f"{path}: a {format_name} image cannot have the {node.size} bytes of {node.path}")
     if driver.created_companions(path, node.size, made):
         raise ConfigError(f"{path}: a snapshot of more than one file: create it first")
-    is_new = _is_new(path)
+    is_new = make is None and _is_new(path)
     try:
-        storage = await FileStorage.open(path, create=True)
+        storage = await (FileStorage.open(path, create=True) if make is None else make())
         try:
             await driver.create(storage, node.size, made, backing=below)
             layer = await driver.open(storage, {"has_backing": True, "discard": "unmap"}, read_only=False)

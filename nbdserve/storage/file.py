@@ -172,6 +172,11 @@ class FileStorage(Storage):
         self.alignment = self._block_size if self._is_device else direct_io_alignment(self._fd)
         return DirectFile(self.alignment, fixed_size=self._is_device)
 
+    @property
+    def is_device(self) -> bool:
+        """It is a block device."""
+        return self._is_device
+
     def _measure(self) -> None:
         """Set ``size`` from the file; fstat and lseek answer from memory."""
         self.size = os.lseek(self._fd, 0, os.SEEK_END) if self._is_device else os.fstat(self._fd).st_size

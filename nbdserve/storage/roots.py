@@ -10,7 +10,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
@@ -70,13 +70,49 @@ class ImageRoots:
                 _refuse(relative_to, field, path, "leads outside the image roots", hint)
             _refuse(relative_to, field, path, f"cannot be opened: {error.strerror}")
 
-    def _open(self, target: str, flags: int) -> int:
+    def open(self, path: str, flags: int) -> int:
+        """Open the file that a user names by its absolute path; the descriptor is the caller's. Blocks.
+
+        OSError: EXDEV outside of every root, EISDIR for a directory, EINVAL for what is no image for other reasons.
+        """
+        if any(Path(path) in pair for pair in self._roots):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        try:
+            return self._open(path, flags | os.O_CLOEXEC)
+        except _NotAnImageError as error:
+            code = errno.EISDIR if error.is_directory else errno.EINVAL
+            raise OSError(code, os.strerror(code), path) from None
+
+    def create(self, path: str) -> tuple[int, bool]:
+        """As ``open`` for reading and writing, and whether the file was made, which it is when there is none."""
+        directory, name = os.path.split(path)
+        parent = self._open(f"{directory}/", os.O_PATH, _open_directory)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            return os.open(name, flags, 0o644, dir_fd=parent), True
+        except FileExistsError:
+            return self.open(path, os.O_RDWR), False
+        finally:
+            os.close(parent)
+
+    def remove(self, path: str) -> None:
+        """Remove what ``create`` made. OSError."""
+        directory, name = os.path.split(path)
+        parent = self._open(f"{directory}/", os.O_PATH, _open_directory)
+        try:
+            os.unlink(name, dir_fd=parent)
+        finally:
+            os.close(parent)
+
+    def _open(self, target: str, flags: int, opener: Callable[[Path, str, int], int] | None = None) -> int:
         """OSError(EXDEV) when no root has ``target``; a name that does not begin with a root is not even looked up."""
+        opener = opener or _open_image
         places = self._places(target)
-        fd = _open_first(places, flags)
+        fd = _open_first(places, flags, opener)
         if fd is None and places:
             # The kernel refuses absolute symbolic links even to a place below the root, so resolve it and ask again.
-            fd = _open_first(self._places(os.path.realpath(target)), flags)
+            resolved = os.path.realpath(target) + ("/" if target.endswith("/") else "")
+            fd = _open_first(self._places(resolved), flags, opener)
         if fd is None:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), target)
         return fd
@@ -94,6 +130,9 @@ class ImageRoots:
 class _NotAnImageError(Exception):
     """A directory, FIFO, socket or character device."""
 
+    def __init__(self, *, is_directory: bool) -> None:
+        self.is_directory = is_directory
+
 
 def _refuse(image: str, field: str, value: str, problem: str, hint: str = "") -> NoReturn:
     raise ImageError(image, problem, field=field, value=value, hint=hint)
@@ -105,11 +144,11 @@ def _below(name: str, root: Path) -> str | None:
     return name[len(prefix) :].lstrip("/") if name.startswith(prefix) else None
 
 
-def _open_first(places: Sequence[tuple[Path, str]], flags: int) -> int | None:
+def _open_first(places: Sequence[tuple[Path, str]], flags: int, opener: Callable[[Path, str, int], int]) -> int | None:
     """Open below the first root that the name does not lead out of."""
     for root, rest in places:
         try:
-            return _open_image(root, rest, flags)
+            return opener(root, rest, flags)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
@@ -122,7 +161,7 @@ def _open_image(root: Path, rest: str, flags: int) -> int:
     try:
         seen = os.fstat(looked)
         if not (stat.S_ISREG(seen.st_mode) or stat.S_ISBLK(seen.st_mode)):
-            raise _NotAnImageError
+            raise _NotAnImageError(is_directory=stat.S_ISDIR(seen.st_mode))
         where = Path(f"/proc/self/fd/{looked}").readlink()
         if any(where.is_relative_to(tree) and not root.is_relative_to(tree) for tree in _KERNEL_TREES):
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
@@ -133,6 +172,11 @@ def _open_image(root: Path, rest: str, flags: int) -> int:
         return fd
     finally:
         os.close(looked)
+
+
+def _open_directory(root: Path, rest: str, flags: int) -> int:
+    """Open a directory below ``root``, or ``root`` itself."""
+    return os.open(root, flags | os.O_DIRECTORY) if not rest else _open_below(root, rest, flags | os.O_DIRECTORY)
 
 
 def _open_below(root: Path, rest: str, flags: int) -> int:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final, Literal
 
 from nbdserve.admin.command import Command
 from nbdserve.admin.control import Control
 from nbdserve.admin.errors import QmpError
 from nbdserve.admin.nodes import NodeEntry
+from nbdserve.admin.paths import full_path
 from nbdserve.admin.schema import Arguments
 from nbdserve.admin.transaction import Action, execute
 from nbdserve.block.graph import open_image
@@ -21,7 +20,7 @@ from nbdserve.block.spec import ImageSpec
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.registry import driver_for
 from nbdserve.jobs.snapshot import as_overlay, create_overlay, snapshot, undo
-from nbdserve.storage.roots import ImageRoots
+from nbdserve.storage.file import FileStorage
 
 
 class SnapshotSync(Arguments):
@@ -102,28 +101,41 @@ class SnapshotSyncAction(_PutOnTop):
         return self._control.nodes.get(self._arguments.node_name, self._arguments.device)
 
     async def open_overlay(self, entry: NodeEntry) -> FormatDriver:
-        given, roots = self._arguments, ImageRoots(self._control.paths.roots)
+        given, paths = self._arguments, self._control.paths
+        roots = await asyncio.to_thread(paths.image_roots)
         if given.snapshot_node_name is not None:
             self._control.nodes.check_name(given.snapshot_node_name)
-        exists = given.mode == "existing"
-        path = await self._control.paths.check(given.snapshot_file, exists=exists)
-        if exists:
-            spec = ImageSpec(path, given.format, discard="unmap", backing=None)
+        if given.mode == "existing":
+            file = await paths.open(given.snapshot_file, read_only=False)
+            spec = ImageSpec(file.path, given.format, discard="unmap", backing=None, opened=file)
             image = await open_image(spec, roots)
             try:
                 return await as_overlay(image, entry.node.top)
             except BaseException:
                 await image.close()
                 raise
-        is_new = not await asyncio.to_thread(os.path.lexists, path)
-        overlay = await create_overlay(path, given.format, entry.node, backing_name=entry.node.path, roots=roots)
-        self._made = path if is_new else ""
-        return overlay
+        path = full_path(given.snapshot_file)
+
+        async def make() -> FileStorage:
+            file, is_new = await paths.create(path)
+            self._made = path if is_new else ""
+            return file
+
+        try:
+            return await create_overlay(
+                path, given.format, entry.node, backing_name=entry.node.path, roots=roots, make=make
+            )
+        except BaseException:
+            await self._remove()
+            raise
 
     async def give_up(self, overlay: FormatDriver) -> None:
         await overlay.close()
+        await self._remove()
+
+    async def _remove(self) -> None:
         if self._made:
-            await asyncio.to_thread(Path(self._made).unlink)
+            await self._control.paths.remove(self._made)
 
     def commit(self) -> None:
         entry, name = self.entry, self._arguments.snapshot_node_name
