@@ -48,6 +48,10 @@ class GatheringNode:
             for storage, _ in self._reads:
                 storage.reads = None
 
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        """As the node's; what may be gathered is left to ``submit_write``."""
+        return False
+
     def submit_write(self, offset: int, data: memoryview, done: Done) -> int:
         """As the node's. Only overwrites are gathered: space that is allocated must not show before it is written."""
         node, top = self._node, self._node.top

@@ -17,12 +17,12 @@ from nbdserve.block.chain import NEEDS_TABLE, resolve
 from nbdserve.block.drain import Gate
 from nbdserve.block.forms import READ_DATA, READ_SPLIT, READ_WAIT, READ_ZERO
 from nbdserve.block.pieces import Piece, add_piece, zero_pieces
-from nbdserve.block.places import LAYER_MASK, Places
+from nbdserve.block.places import Places
 from nbdserve.block.requests import RangeLocks
 from nbdserve.block.tracking import NodeBitmaps
 from nbdserve.block.watchers import Watcher
 from nbdserve.block.writeback import Writeback
-from nbdserve.block.writer import WRITE_DONE, WRITE_WAIT, BatchWriter, Done
+from nbdserve.block.writer import WRITE_DONE, BatchWriter, Done
 from nbdserve.errors import ConfigError, RequestError
 from nbdserve.extents import COMPRESSED, DATA, ZERO
 from nbdserve.formats.base import Allocation, FormatDriver
@@ -88,16 +88,16 @@ class Node:
 
     def choose_forms(self) -> None:
         """Decide again which forms the requests that do not wait have: what is not in use costs nothing that way."""
-        for name in ("try_read_into", "try_read_pieces", "locate_read", "submit_write"):
+        for name in ("try_read_into", "try_read_pieces", "locate_read", "try_write", "submit_write"):
             self.__dict__.pop(name, None)
         if self.gate.closed:
             forms.refuse_all(self)
             return
-        if Places.worthwhile(self.layers):
-            self.try_read_into = self._try_read_placed  # type: ignore[method-assign]
-        if self._guards:
-            self.submit_write = forms.refuse_write  # type: ignore[method-assign]
+        forms.choose_fast(self)
+        if self._guards or not self._plain_writes:
+            forms.refuse_writes(self)
         elif self._watchers:
+            self.try_write = forms.refuse_overwrite  # type: ignore[method-assign]
             self.submit_write = self._submit_watched  # type: ignore[method-assign]
         if self._widest > self.size:
             forms.refuse_outside(self)
@@ -130,21 +130,6 @@ class Node:
             if kind == COMPRESSED:
                 return READ_WAIT
         return READ_ZERO
-
-    def _try_read_placed(self, offset: int, buffer: memoryview) -> int:
-        """``try_read_into`` with the places of whole clusters remembered."""
-        places = self.places
-        inside = offset & places.mask
-        if inside + len(buffer) > places.cluster_size:
-            return Node.try_read_into(self, offset, buffer)
-        place = places.readable.get(offset >> places.bits)
-        if place is None:
-            outcome = Node.try_read_into(self, offset, buffer)
-            if outcome == READ_DATA:
-                places.learn_readable(offset)
-            return outcome
-        data = self.layers[place & LAYER_MASK].data
-        return READ_DATA if data.try_read_into((place >> 8) + inside, buffer) else READ_WAIT
 
     def locate_read(self, offset: int, length: int) -> tuple[Storage, int] | None:
         """The storage and host offset of a range that is one run of data and may be sent straight from there.
@@ -227,24 +212,16 @@ class Node:
 
     # --- writes ----------------------------------------------------------------------------------------------------
 
+    def try_write(self, offset: int, data: memoryview) -> bool:
+        """Overwrite without waiting, where the place is known at one look; False: nothing is done, ``submit_write``."""
+        return False
+
     def submit_write(self, offset: int, data: memoryview, done: Done) -> int:
         """Write without waiting, or together with others: WRITE_DONE, WRITE_TAKEN or WRITE_WAIT.
 
         ``done`` is called for a write that was taken, with what ``write`` would have raised or None. ``data`` is free
         for reuse on return.
         """
-        if not self._plain_writes:
-            return WRITE_WAIT
-        places = self.places
-        inside = offset & places.mask
-        host_offset = places.writable.get(offset >> places.bits)
-        if (
-            host_offset is not None
-            and inside + len(data) <= places.cluster_size
-            and self.top.data.try_write(host_offset + inside, data)
-        ):
-            self.changes += 1
-            return WRITE_DONE
         outcome = self._writer.try_write(offset, data, done)
         if outcome == WRITE_DONE:
             self.changes += 1

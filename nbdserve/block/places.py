@@ -14,8 +14,8 @@ from nbdserve.extents import DATA
 from nbdserve.formats.base import FormatDriver
 from nbdserve.units import is_power_of_two
 
-_LAYER_BITS: Final = 8
-LAYER_MASK: Final = (1 << _LAYER_BITS) - 1
+LAYER_BITS: Final = 8
+LAYER_MASK: Final = (1 << LAYER_BITS) - 1
 _SMALLEST_CLUSTER: Final = 4096
 """Most requests are larger than smaller clusters, and are served from several."""
 _MOST: Final = 1 << 15
@@ -57,7 +57,7 @@ class Places:
         if kind == DATA and length == wanted:
             if len(self.readable) >= _MOST:
                 self.readable.clear()
-            self.readable[offset >> self.bits] = host_offset << _LAYER_BITS | index
+            self.readable[offset >> self.bits] = host_offset << LAYER_BITS | index
 
     def learn_writable(self, offset: int) -> None:
         """Remember the cluster at ``offset`` if all of it can be overwritten in one piece."""

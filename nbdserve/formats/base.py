@@ -276,6 +276,10 @@ class FormatDriver(ABC):
     def lookup(self, offset: int, length: int) -> Run | None:
         """What this layer has at ``offset``, for at most ``length`` bytes (the caller keeps both inside ``size``)."""
 
+    def linear_offset(self) -> int | None:
+        """Host offset of guest offset 0 if the whole disk lies in one piece of ``data``; None where it is mapped."""
+        return None
+
     async def load(self, offset: int) -> None:
         """Bring the table ``lookup(offset)`` needs into memory. OSError, or RequestError(EIO) for a corrupt table."""
 

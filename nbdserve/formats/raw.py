@@ -88,6 +88,9 @@ class RawDriver(FormatDriver):
     def lookup(self, offset: int, length: int) -> Run:
         return DATA, length, offset + self._window_offset
 
+    def linear_offset(self) -> int:
+        return self._window_offset
+
     def lookup_writable(self, offset: int, length: int) -> Run:
         return DATA, length, offset + self._window_offset
 

@@ -79,8 +79,9 @@ class FastLane:
         unpack, request_size = self._words.unpack_from, self._words.size
         data, payload = self._received.data, self._received.view
         read, pack_head, head_size = self._node.try_read_into, self._pack_head, self._head_size
-        write, written, acknowledge = self._node.submit_write, self._written, self._acknowledge
-        plain_read, size = self._plain_read, self._size
+        write, submit, written = self._node.try_write, self._node.submit_write, self._written
+        acknowledge, acknowledgement_size = self._acknowledge, self._acknowledgement_size
+        plain_read, plain_write, size = self._plain_read, self._plain_write, self._size
         try:
             while end - position >= request_size:
                 word, cookie, offset, length = unpack(data, position)
@@ -96,21 +97,24 @@ class FastLane:
                     pack_head(scratch, at, cookie, offset, length)
                     at = stop
                     position += request_size
-                elif word == self._plain_write:
+                elif word == plain_write:
                     start = position + request_size
                     stop = start + length
                     if stop > end:
                         break
-                    outcome = write(offset, payload[start:stop], partial(written, cookie, offset, length))
-                    if outcome == WRITE_WAIT:
-                        break
-                    position = stop
-                    if outcome == WRITE_TAKEN:
-                        if not self._taken(length):
+                    content = payload[start:stop]
+                    if not write(offset, content):
+                        outcome = submit(offset, content, partial(written, cookie, offset, length))
+                        if outcome == WRITE_WAIT:
                             break
-                        continue
+                        if outcome == WRITE_TAKEN:
+                            position = stop
+                            if not self._taken(length):
+                                break
+                            continue
+                    position = stop
                     acknowledge(scratch, at, cookie, offset)
-                    at += self._acknowledgement_size
+                    at += acknowledgement_size
                 else:
                     break
                 if at >= SEND_AT:

@@ -247,6 +247,9 @@ async def test_garbage_behind_more_requests_than_fit_ends_the_connection_too(tmp
 class CorruptAt(RawDriver):
     """A mapping whose second 4 KiB are corrupt."""
 
+    def linear_offset(self) -> None:
+        """It is mapped."""
+
     def lookup(self, offset: int, length: int) -> Run:
         if offset <= 4096 < offset + length or offset // 4096 == 1:
             raise RequestError(errno.EIO, "invalid L2 entry")

@@ -29,6 +29,9 @@ MODES = pytest.mark.parametrize("mode", [SIMPLE, STRUCTURED, EXTENDED], ids=["si
 class HalfThere(RawDriver):
     """The first half of the disk is in the storage, the rest below."""
 
+    def linear_offset(self) -> None:
+        """It is mapped."""
+
     def lookup(self, offset: int, length: int) -> Run:
         half = self.size // 2
         return (DATA, min(length, half - offset), offset) if offset < half else (UNALLOCATED, length, -1)
