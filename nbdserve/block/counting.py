@@ -98,12 +98,8 @@ def _counted_flush(counters: Counters, flush: Callable[[], Awaitable[None]]) -> 
 
 def count_forms(node: Node, counters: Counters) -> None:
     """Count what the present forms of the requests that do not wait answer; the others count for themselves."""
-    read, read_pieces, locate, submit = (
-        node.try_read_into,
-        node.try_read_pieces,
-        node.locate_read,
-        node.submit_write,
-    )
+    read, read_pieces, locate = node.try_read_into, node.try_read_pieces, node.locate_read
+    overwrite, submit = node.try_write, node.submit_write
 
     def try_read_into(offset: int, buffer: memoryview) -> int:
         begun = perf_counter_ns()
@@ -128,6 +124,13 @@ def count_forms(node: Node, counters: Counters) -> None:
         counters.read.add(length, begun)
         return place
 
+    def try_write(offset: int, data: memoryview) -> bool:
+        begun = perf_counter_ns()
+        done = overwrite(offset, data)
+        if done:
+            counters.wrote(offset, len(data), begun)
+        return done
+
     def submit_write(offset: int, data: memoryview, done: Done) -> int:
         begun, length = perf_counter_ns(), len(data)
 
@@ -143,4 +146,5 @@ def count_forms(node: Node, counters: Counters) -> None:
     node.try_read_into = try_read_into  # type: ignore[method-assign]
     node.try_read_pieces = try_read_pieces  # type: ignore[method-assign]
     node.locate_read = locate_read  # type: ignore[method-assign]
+    node.try_write = try_write  # type: ignore[method-assign]
     node.submit_write = submit_write  # type: ignore[method-assign]

@@ -49,6 +49,8 @@ async def test_what_is_not_awaited() -> None:
         await done.get()
     assert counters.read.operations == int(read)
     assert counters.write.operations == int(taken != WRITE_WAIT)
+    assert node.try_write(4 * KIB, buffer)
+    assert (counters.write.operations, counters.highest_end) == (int(taken != WRITE_WAIT) + 1, 5 * KIB)
     async with node.drained():
         assert node.try_read_into(0, buffer) != READ_DATA
     assert counters.read.operations == int(read), "what is not done is not counted"
