@@ -32,16 +32,16 @@ async def test_jobs_run_on_other_threads_and_completions_on_the_loop() -> None:
 
 async def test_threads_are_started_as_needed_and_bounded() -> None:
     pool = WorkerPool(asyncio.get_running_loop(), max_threads=3)
-    before = threading.active_count()
     await pool.run(lambda: None)
-    assert threading.active_count() - before == 1
+    assert len(pool._threads) == 1
     await asyncio.gather(*(pool.run(time.sleep, 0.01) for _ in range(20)))
-    assert threading.active_count() - before == 3
     threads = list(pool._threads)
+    assert len(threads) == 3
+    assert all(thread.is_alive() for thread in threads)
     await pool.close()
     for thread in threads:
         thread.join(5)
-    assert threading.active_count() == before
+    assert not any(thread.is_alive() for thread in threads)
 
 
 async def test_a_blocked_thread_does_not_hold_up_the_others() -> None:
