@@ -231,6 +231,7 @@ async def _open_named(
         cache=spec.cache,
         force_share=spec.force_share,
         secret=spec.secret if below.secret is None else below.secret,
+        unlock_seconds=spec.unlock_seconds,
     )
     return opened, storage
 
@@ -257,6 +258,7 @@ async def _open_layer(
         "discard": spec.discard,
         "has_backing": isinstance(spec.backing, ImageSpec),
         "secret": spec.secret,
+        "unlock_seconds": spec.unlock_seconds,
     }
     if name == "raw":
         options |= {"offset": spec.offset, "size": spec.size}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
+from nbdserve.formats.luks.keys import UNLOCK_SECONDS
 from nbdserve.storage.base import Storage
 from nbdserve.storage.nbd_target import NbdTarget
 
@@ -43,6 +44,8 @@ class ImageSpec:
     """The external data file, instead of the one the image's header names."""
     secret: bytes | None = field(default=None, repr=False)
     """The passphrase of an encrypted image, and of the layers below that headers name."""
+    unlock_seconds: float = UNLOCK_SECONDS
+    """Processor time that each of those may take to open with it."""
     force_share: bool = False
     """Open although another process may be writing it (qemu-img ``-U``); the view is then not consistent."""
     overlay: bool = False

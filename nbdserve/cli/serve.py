@@ -79,6 +79,7 @@ def serve(
     detect_zeroes: Annotated[str | None, _image_option("detect_zeroes", "--detect-zeroes")] = None,
     secret_file: Annotated[str | None, _image_option("secret_file", "--secret-file")] = None,
     secret_env: Annotated[str | None, _image_option("secret_env", "--secret-env")] = None,
+    unlock_seconds: Annotated[float | None, _image_option("unlock_seconds", "--unlock-seconds")] = None,
     socket: Annotated[list[str] | None, _listen_option("Unix socket; @name is abstract.", "--socket", "-k")] = None,
     bind: Annotated[
         list[str] | None, _listen_option(f"TCP address, * for all. Default: {_DEFAULT_HOST}.", "--bind", "-b")
@@ -134,6 +135,7 @@ def serve(
         detect_zeroes=detect_zeroes,
         secret_file=secret_file,
         secret_env=secret_env,
+        unlock_seconds=unlock_seconds,
     )
     server_options = _given(
         listen=_listen(socket or [], bind or [], port) or None,

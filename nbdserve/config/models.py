@@ -15,6 +15,7 @@ from nbdserve.block.spec import ImageSpec
 from nbdserve.config.image_opts import discard_mode, image_from_filename
 from nbdserve.config.secrets import chosen_secret
 from nbdserve.errors import ConfigError
+from nbdserve.formats.luks.keys import UNLOCK_SECONDS
 from nbdserve.server.addresses import Address, parse_address
 from nbdserve.storage.nbd_target import is_nbd
 from nbdserve.units import MIB, parse_size
@@ -162,6 +163,12 @@ class ExportOptions(_Options):
         "All its bytes count, a newline at the end as well.",
     )
     secret_env: str = Field(default="", description="Environment variable with that passphrase instead.")
+    unlock_seconds: float = Field(
+        default=UNLOCK_SECONDS,
+        gt=0,
+        description="Processor time that trying the passphrase may take. A LUKS header says how much work that is; one "
+        "that asks for more is refused at once. Lower it for images of strangers.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> ExportOptions:
@@ -186,6 +193,7 @@ class ExportOptions(_Options):
             backing=None if self.backing == "none" else "header",
             overlay=self.overlay,
             secret=chosen_secret(self.secret_file, self.secret_env),
+            unlock_seconds=self.unlock_seconds,
         )
         return image_from_filename(self.path, flags)
 

@@ -98,6 +98,17 @@ async def test_a_chain_is_followed_down_its_headers(tmp_path: Path) -> None:
     assert _open_files(tmp_path) == set()
 
 
+async def test_every_layer_has_the_time_to_unlock_that_was_given(tmp_path: Path) -> None:
+    storage = await FileStorage.open(str(tmp_path / "base.luks"), create=True)
+    await DRIVERS["luks"].create(storage, SIZE, {"iter-time": "0"}, secret=b"s")
+    await storage.close()
+    top = await _make(tmp_path / "top.qcow2", "base.luks", "luks")
+    for path, fmt in ((tmp_path / "base.luks", "luks"), (top, "qcow2")):
+        spec = _spec(path, fmt, secret=b"s")
+        await (await open_image(spec)).close()
+        assert "0.0001 are allowed" in await _refused(tmp_path, dataclasses.replace(spec, unlock_seconds=0.0001))
+
+
 async def test_a_backing_format_is_never_guessed(tmp_path: Path) -> None:
     _raw(tmp_path / "base.raw", b"b")
     top = await _make(tmp_path / "top.qcow2", "base.raw")

@@ -43,7 +43,8 @@ def test_image() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [{"path": ""}, {"cache": "x"}, {"discard": "x"}, {"detect_zeroes": "unmap"}, {"offset": -1}, {"offset": "1x"},
-     {"size": 1 << 63}, {"max_connections": -1}, {"read_only": "yes"}, {"unknown": 1}, {"backing": "b.qcow2"}],
+     {"size": 1 << 63}, {"max_connections": -1}, {"read_only": "yes"}, {"unknown": 1}, {"backing": "b.qcow2"},
+     {"unlock_seconds": 0}],
 )  # fmt: skip
 def test_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
@@ -59,6 +60,7 @@ def test_secrets_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch
     ):
         image = ExportOptions.model_validate({"path": "a"} | options).image()
         assert image == ImageSpec("a", secret=secret)
+        assert ExportOptions(path="a", unlock_seconds=2, **options).image().unlock_seconds == 2
         assert "from" not in repr(image)
     with pytest.raises(ValidationError, match="exclude each other"):
         ExportOptions(path="a", secret_file="key", secret_env="DISK_SECRET")

@@ -26,6 +26,7 @@ from tests.support import images
 from tests.support.geometries import CRASH_GEOMETRIES, KITS, Geometry, Image, build, judge
 from tests.support.recording import ByteStorage, Recorder
 from tests.support.replay import CrashState, Replay
+from tests.support.unlocking import remembered_keys
 from tests.support.workload import read_all
 
 
@@ -93,7 +94,7 @@ def can_change(geometry: Geometry) -> bool:
 
 def run_changes(geometry: Geometry, seed: int, plan: Plan) -> Tally:
     """One image, some changes, their crash states. ChangeFailure at the first that is wrong."""
-    with tempfile.TemporaryDirectory(dir=images.SCRATCH) as name:
+    with tempfile.TemporaryDirectory(dir=images.SCRATCH) as name, remembered_keys():
         return asyncio.run(_Run(build(geometry, seed % 4), seed, plan, Path(name)).run())
 
 

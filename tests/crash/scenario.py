@@ -16,6 +16,7 @@ from tests.support.geometries import KITS, Geometry, Image, build, judge
 from tests.support.model import ModelDisk
 from tests.support.recording import ByteStorage, Recorder
 from tests.support.replay import CrashState, Replay
+from tests.support.unlocking import remembered_keys
 from tests.support.workload import Mix, Workload, read_all
 
 
@@ -69,7 +70,7 @@ class Tally:
 def run_scenario(geometry: Geometry, seed: int, plan: Plan) -> Tally:
     """One image, one run of a guest, its crash states. CrashFailure at the first broken promise."""
     image = build(geometry, seed % 4)
-    with tempfile.TemporaryDirectory(dir=images.SCRATCH) as name:
+    with tempfile.TemporaryDirectory(dir=images.SCRATCH) as name, remembered_keys():
         scenario = _Scenario(image, seed, plan, Path(name))
         return asyncio.run(scenario.run())
 

@@ -15,6 +15,7 @@ from nbdserve.block.spec import ImageSpec
 from tests.support import images
 from tests.support.geometries import KITS, Geometry, make, spec_of, stock_of
 from tests.support.model import ModelDisk
+from tests.support.unlocking import remembered_keys
 from tests.support.workload import Mix, Workload, read_all
 
 SESSIONS = 5
@@ -48,7 +49,8 @@ def run_round(geometry: Geometry, seed: int, operations: int, keep: Path | None 
     folder = Path(tempfile.mkdtemp(dir=keep or images.SCRATCH))
     round_ = _Round(geometry, seed, operations, folder)
     try:
-        done = asyncio.run(round_.run())
+        with remembered_keys():
+            done = asyncio.run(round_.run())
     except Exception as error:
         where = f"\nkept: {folder}" if keep else ""
         raise DifferentialFailure(

@@ -31,11 +31,11 @@ from typing import Any
 from nbdserve.block.graph import open_alone, open_image
 from nbdserve.block.node import Node
 from nbdserve.errors import ConfigError, ImageError, RequestError
-from nbdserve.formats.luks import keys
 from nbdserve.storage.file import FileStorage
 from nbdserve.units import KIB, MIB
 from tests.support import images
 from tests.support.geometries import KITS, Field, Geometry, build, spec_of
+from tests.support.unlocking import remembered_keys
 
 SECONDS = 2.0
 """Of processor time, to open an image and read from it, or to open it and write to it."""
@@ -173,7 +173,7 @@ def run_case(case: Case, folder: Path) -> str:
 async def _open(geometry: Geometry, path: Path, *, read_only: bool) -> Node | None:
     """The node, or None when it is refused as it should be."""
     try:
-        return await open_image(spec_of(geometry, path, read_only=read_only))
+        return await open_image(spec_of(geometry, path, read_only=read_only, unlock_seconds=SECONDS / 2))
     except ImageError as error:
         _judge_refusal(error, path)
         return None
@@ -330,8 +330,7 @@ def _trim() -> None:
 
 
 def limit_address_space() -> None:
-    """For the process that runs cases. A header may ask for as much PBKDF2 as is half of the time they have."""
-    keys.MAX_UNLOCK_SECONDS = SECONDS / 2
+    """For the process that runs cases."""
     limit = _status("VmSize") + ADDRESS_SPACE
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
@@ -353,7 +352,8 @@ def run_cases(cases: Sequence[Case], keep: Path | None = None) -> Report:
     for case in cases:
         folder = Path(tempfile.mkdtemp(dir=images.SCRATCH))
         try:
-            report.outcomes[run_case(case, folder)] += 1
+            with remembered_keys():
+                report.outcomes[run_case(case, folder)] += 1
         except FuzzFailure as failure:
             report.failures.append(str(failure))
             if keep is not None:

@@ -17,7 +17,7 @@ from nbdserve.formats.base import CreateOption
 from nbdserve.formats.encryption.ciphers import essiv_key
 from nbdserve.formats.luks import antiforensic, layout
 from nbdserve.formats.luks.keys import (
-    MAX_UNLOCK_SECONDS,
+    UNLOCK_SECONDS,
     is_available,
     iterations_per_second,
     key_digest,
@@ -37,7 +37,7 @@ VOLUME_OPTIONS: Final = (
     CreateOption("ivgen-hash-alg", "Name of IV generator hash algorithm (for essiv)", "sha256"),
     CreateOption("key-secret", "ID of the secret that provides the keyslot passphrase"),
 )
-MAX_ITER_TIME_MS: Final = MAX_UNLOCK_SECONDS * 1000 // 4
+MAX_ITER_TIME_MS: Final = int(UNLOCK_SECONDS * 1000) // 4
 """So that a machine a quarter as fast still opens it."""
 _MIN_ITERATIONS: Final = 1000
 """However little time is given: QEMU's minimum, and that of the specification."""

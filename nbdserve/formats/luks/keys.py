@@ -2,8 +2,8 @@
 
 PBKDF2 is slow on purpose, for as long as the header says: by default two seconds of the machine that made it. It runs
 on a worker thread, where nothing else waits for it, but it cannot be interrupted. So its time is estimated first, from
-the speed of this processor, and a header that asks for more than MAX_UNLOCK_SECONDS in all is refused by the iterations
-it names, before they begin.
+the speed of this processor, and a header that asks for more than is allowed in all is refused by the iterations it
+names, before they begin.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from nbdserve.storage.base import Storage
 from nbdserve.storage.pool import worker_pool
 from nbdserve.units import div_ceil
 
-MAX_UNLOCK_SECONDS: Final[float] = 60
-"""Of one processor, for all slots that are tried. Eight slots of two seconds, on a machine a quarter as fast."""
+UNLOCK_SECONDS: Final = 60.0
+"""Allowed by default: of one processor, for all slots that are tried. Eight slots of two seconds, on a machine a
+quarter as fast. Less would lock people out of what QEMU and cryptsetup open, which have no limit."""
 _CALIBRATION_SECONDS: Final = 0.01
 
 
@@ -45,13 +46,16 @@ def make_cipher(spec: CipherSpec, key: bytes) -> SectorCipher:
 async def open_volume(header: Header, storage: Storage, offset: int, options: Mapping[str, Any]) -> SectorCipher:
     """The cipher of the volume whose header is at ``offset``.
 
-    Options: ``secret``, the passphrase; with ``metadata_only`` it is not asked for, and the content is locked.
-    ImageError when the passphrase opens none of the slots, and for what cannot be tried. OSError.
+    Options: ``secret``, the passphrase; with ``metadata_only`` it is not asked for, and the content is locked;
+    ``unlock_seconds``, of processor time. ImageError when the passphrase opens none of the slots, and for what cannot
+    be tried. OSError.
     """
     _try_hashes(header, storage.path)
     if options.get("metadata_only"):
         return LockedCipher(storage.path)
-    return make_cipher(header.cipher, await _unlock(header, storage, offset, needed_secret(options, storage.path)))
+    allowed = options.get("unlock_seconds", UNLOCK_SECONDS)
+    key = await _unlock(header, storage, offset, needed_secret(options, storage.path), allowed)
+    return make_cipher(header.cipher, key)
 
 
 def _try_hashes(header: Header, path: str) -> None:
@@ -77,8 +81,8 @@ def is_available(hash_name: str) -> bool:
     return True
 
 
-async def _unlock(header: Header, storage: Storage, offset: int, secret: bytes) -> bytes:
-    """The volume key, from the first slot that the passphrase opens."""
+async def _unlock(header: Header, storage: Storage, offset: int, secret: bytes, allowed: float) -> bytes:
+    """The volume key, from the first slot that the passphrase opens, within ``allowed`` seconds."""
     pool, path, key_bytes = worker_pool(), storage.path, header.cipher.key_bytes
     speed = await pool.run(iterations_per_second, header.hash)
     spent = 0.0
@@ -86,12 +90,13 @@ async def _unlock(header: Header, storage: Storage, offset: int, secret: bytes) 
     def charge(field: str, iterations: int, output_bytes: int) -> None:
         nonlocal spent
         spent += iterations * pbkdf2_blocks(header.hash, output_bytes) / speed
-        if spent > MAX_UNLOCK_SECONDS:
+        if spent > allowed:
             raise UnsupportedImageError(
                 path,
-                f"to try the passphrase would take about {spent:.0f} seconds, and {MAX_UNLOCK_SECONDS} are allowed",
+                f"to try the passphrase would take about {spent:.0f} seconds, and {allowed:g} are allowed",
                 field=field,
                 value=iterations,
+                hint="nbdserve serve --unlock-seconds allows more",
             )
 
     tried: list[int] = []
