@@ -27,6 +27,15 @@ _KEYWORDS: Final = {b"true": True, b"false": False, b"null": None}
 _ESCAPE: Final = re.compile(r"\\(?:u(.{0,4})|(.))", re.DOTALL)
 _ESCAPED: Final = {'"': '"', "'": "'", "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 _HEX: Final = re.compile(r"[0-9A-Fa-f]{4}")
+_SEQUENCE: Final = re.compile(
+    rb"[\x00-\x7f]+|[\xc0-\xdf][\x80-\xbf]?|[\xe0-\xef][\x80-\xbf]{0,2}|[\xf0-\xf7][\x80-\xbf]{0,3}"
+    rb"|[\xf8-\xfb][\x80-\xbf]{0,4}|[\xfc\xfd][\x80-\xbf]{0,5}|[\x80-\xff]"
+)
+_NONCHARACTER: Final = re.compile(
+    f"[\\ufdd0-\\ufdef{''.join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF))}]"
+)
+_BROKEN: Final = "\udcff"
+"""In the place of what is no character; no text has this one."""
 _MISSING: Final = object()
 
 
@@ -69,8 +78,8 @@ class JsonStream:
         kind, text = token
         if kind == ERROR:
             self._reset()
-            shown = text[:_SHOWN_BYTES].partition(b"\0")[0].decode("utf-8", "replace")
-            yield Broken(f"JSON parse error, stray '{shown}'")
+            shown = _decoded(text[:_SHOWN_BYTES].partition(b"\0")[0])
+            yield Broken(f"JSON parse error, stray '{_printable(shown)}'")
             return
         self._braces += (kind == _OPEN_BRACE) - (kind == _CLOSE_BRACE)
         self._brackets += (kind == _OPEN_BRACKET) - (kind == _CLOSE_BRACKET)
@@ -196,21 +205,50 @@ def _integer(text: bytes) -> int | float:
 
 
 def _string(text: bytes) -> str:
-    try:
-        # NUL may be written in two bytes: "modified UTF-8".
-        plain = text[1:-1].replace(b"\xc0\x80", b"\0").decode("utf-8")
-    except UnicodeDecodeError:
-        raise JsonError("invalid UTF-8 sequence in string") from None
-    if not plain.isascii() and any(_is_noncharacter(ord(char)) for char in plain):
+    plain = _decoded(text[1:-1])
+    return _checked(plain) if "\\" not in plain else _unescaped(plain, text[:1].decode())
+
+
+def _checked(plain: str) -> str:
+    """JsonError where it holds what is no character."""
+    if _BROKEN in plain:
         raise JsonError("invalid UTF-8 sequence in string")
-    return plain if "\\" not in plain else _unescaped(plain, text[:1].decode())
+    return plain
+
+
+def _decoded(text: bytes) -> str:
+    """The text, with ``_BROKEN`` for each sequence that is no character, of the length its first byte says.
+
+    NUL may be written in two bytes: "modified UTF-8".
+    """
+    try:
+        plain = text.decode()
+    except UnicodeDecodeError:
+        pass
+    else:
+        return plain if plain.isascii() else _NONCHARACTER.sub(_BROKEN, plain)
+    return "".join(map(_character, _SEQUENCE.findall(text)))
+
+
+def _character(sequence: bytes) -> str:
+    if sequence == b"\xc0\x80":
+        return "\0"
+    try:
+        text = sequence.decode()
+    except UnicodeDecodeError:
+        return _BROKEN
+    return _NONCHARACTER.sub(_BROKEN, text)
+
+
+def _printable(text: str) -> str:
+    return text.replace(_BROKEN, "\ufffd")
 
 
 def _unescaped(plain: str, quote: str) -> str:
     parts: list[str] = []
     position = 0
     while (found := _ESCAPE.search(plain, position)) is not None:
-        parts.append(plain[position : found.start()])
+        parts.append(_checked(plain[position : found.start()]))
         position = found.end()
         if found[2] is not None:
             if found[2] not in _ESCAPED:
@@ -223,12 +261,8 @@ def _unescaped(plain: str, quote: str) -> str:
             if _HEX.fullmatch(low) and 0xDC00 <= int(low, 16) < 0xE000:
                 code = 0x10000 + ((code - 0xD800) << 10) + int(low, 16) - 0xDC00
                 position += 6
-        if code < 0 or 0xD800 <= code < 0xE000 or _is_noncharacter(code):
+        if code < 0 or 0xD800 <= code < 0xE000 or _NONCHARACTER.match(chr(code)):
             shown = (plain + quote)[found.start() : found.start() + 6]
-            raise JsonError(f"{shown} is not a valid Unicode character")
+            raise JsonError(f"{_printable(shown)} is not a valid Unicode character")
         parts.append(chr(code))
-    return "".join([*parts, plain[position:]])
-
-
-def _is_noncharacter(code: int) -> bool:
-    return 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE
+    return "".join([*parts, _checked(plain[position:])])

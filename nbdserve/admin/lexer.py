@@ -58,7 +58,7 @@ _NUMBER_STEPS: Final[dict[int, dict[int, int]]] = {
 }
 """Where a number is not complete: the characters that carry it on."""
 _NUMBER_ENDS: Final[dict[int, tuple[int, dict[int, int]]]] = {
-    _ZERO: (INTEGER, _AFTER_INTEGER),
+    _ZERO: (INTEGER, {ord("."): _POINT}),  # QEMU takes 0.0e1, and not 0e1
     _IN_INTEGER: (INTEGER, _AFTER_INTEGER),
     _IN_FRACTION: (FLOAT, _AFTER_FRACTION),
     _IN_EXPONENT: (FLOAT, {}),

@@ -43,8 +43,6 @@ class Session:
         name, arguments = _request(message)
         if not self.negotiated and name != NEGOTIATE:
             raise QmpError(f"Expecting capabilities negotiation with '{NEGOTIATE}'", COMMAND_NOT_FOUND)
-        if self.negotiated and name == NEGOTIATE:
-            raise QmpError("Capabilities negotiation is already complete, command ignored", COMMAND_NOT_FOUND)
         try:
             result = await self._run(name, arguments)
         except QmpError as error:
@@ -60,6 +58,8 @@ class Session:
         if command is None:
             raise QmpError(f"The command {name} has not been found", COMMAND_NOT_FOUND)
         given = validated(command.arguments, arguments)
+        if self.negotiated and name == NEGOTIATE:
+            raise QmpError("Capabilities negotiation is already complete, command ignored", COMMAND_NOT_FOUND)
         try:
             return as_json(await command.run(self._control, given))
         except QmpError:

@@ -18,6 +18,7 @@ from nbdserve.errors import ConfigError
 from nbdserve.server.addresses import TcpAddress, UnixAddress
 from tests.admin.broken_input import INPUTS, REQUESTS
 from tests.admin.clients import RawClient, answers, needs_daemon, storage_daemon
+from tests.admin.fuzz import campaign
 
 
 def test_the_socket_is_its_owners(admin_socket: str) -> None:
@@ -62,6 +63,23 @@ def test_a_long_line_and_half_a_line(admin_socket: str, client: RawClient) -> No
     shut.close()
     client.send(b'{"execute":"que')
     assert client.ask(b'ry-version"}')["return"]
+
+
+@needs_daemon
+def test_requests_with_random_changes_are_answered_as_by_qemu(tmp_path: Path, admin_socket: str) -> None:
+    with storage_daemon(tmp_path) as path:
+        assert list(campaign(admin_socket, path, int(os.environ.get("NBDSERVE_QMP_FUZZ", "300")), seed=7)) == []
+
+
+def test_many_clients_at_once(admin_socket: str) -> None:
+    clients = [RawClient(admin_socket) for _ in range(200)]
+    for client in clients:
+        client.negotiate()
+    for number, client in enumerate(clients):
+        client.send(b'{"execute":"query-version","id":%d}' % number)
+    for number, client in enumerate(clients):
+        assert client.receive()["id"] == number
+        client.close()
 
 
 def test_clients_have_their_own_conversations(admin_socket: str) -> None:
