@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nbdserve.block.drain import drained
 from nbdserve.block.node import Node
 from nbdserve.formats.base import Allocation
 
@@ -18,6 +19,14 @@ class LowerNode(Node):
     def __init__(self, upper: Node, index: int) -> None:
         self._upper = upper
         super().__init__(upper.layers[index:], locks=upper.locks)
+
+    async def make_room(self) -> None:
+        """As of a node; no request of ``upper`` is under way, either, and it forgets all places."""
+        async with drained(self._upper, self):
+            try:
+                await super().make_room()
+            finally:
+                self._upper.replace_layers(self._upper.layers)
 
     def publish(self, allocation: Allocation) -> None:
         """As of a node; ``upper`` forgets the places, too."""

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
 from nbdserve.block import counting, cow, forms
 from nbdserve.block.chain import NEEDS_TABLE, resolve
-from nbdserve.block.drain import Gate
+from nbdserve.block.drain import Gate, uninterrupted
 from nbdserve.block.forms import READ_DATA, READ_SPLIT, READ_WAIT, READ_ZERO
 from nbdserve.block.pieces import Piece, add_piece, zero_pieces
 from nbdserve.block.places import Places
@@ -25,7 +25,7 @@ from nbdserve.block.writeback import Writeback
 from nbdserve.block.writer import WRITE_DONE, BatchWriter, Done
 from nbdserve.errors import ConfigError, RequestError
 from nbdserve.extents import COMPRESSED, DATA, ZERO
-from nbdserve.formats.base import Allocation, FormatDriver
+from nbdserve.formats.base import Allocation, FormatDriver, RoomNeededError
 from nbdserve.storage.base import ReadBuffer, Storage
 from nbdserve.units import MIB, align_down, align_up
 
@@ -242,9 +242,7 @@ class Node:
 
     async def write(self, offset: int, data: ReadBuffer, *, fua: bool = False) -> None:
         """Write ``data``; with ``fua`` it is stable on return, with the metadata that finds it."""
-        async with self._changing(offset, len(data)):
-            await cow.write(self, offset, memoryview(data))
-        await self._settle(fua)
+        await self._change(offset, len(data), lambda: cow.write(self, offset, memoryview(data)), fua)
 
     async def zero(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False, fua: bool = False
@@ -253,9 +251,8 @@ class Node:
 
         ``fast``: OSError(ENOTSUP) unless this is quicker than a write; the content is then untouched.
         """
-        async with self._changing(offset, length):
-            await cow.zero(self, offset, length, unmap=unmap and self.unmap, fast=fast)
-        await self._settle(fua)
+        unmap = unmap and self.unmap
+        await self._change(offset, length, lambda: cow.zero(self, offset, length, unmap=unmap, fast=fast), fua)
 
     async def write_compressed(self, offset: int, data: ReadBuffer) -> None:
         """Write whole clusters (less at the end of the disk) as ``FormatDriver.write_compressed`` stores them."""
@@ -275,6 +272,16 @@ class Node:
             async with self._changing(offset, length):
                 await cow.discard(self, offset, length)
         await self._settle(fua)
+
+    async def _change(self, offset: int, length: int, work: Callable[[], Awaitable[None]], fua: bool) -> None:
+        """Await ``work()``, which changes the range; once more when room had to be made before."""
+        while True:
+            try:
+                async with self._changing(offset, length):
+                    await work()
+                return await self._settle(fua)
+            except RoomNeededError:
+                await self.make_room()
 
     @asynccontextmanager
     async def _changing(self, offset: int, length: int) -> AsyncIterator[None]:
@@ -400,6 +407,14 @@ class Node:
         self._adopt(layers)
         if self.size != old_size:
             self._tell_resized(old_size)
+
+    async def make_room(self) -> None:
+        """``FormatDriver.make_room`` of the top layer, between the requests; no place is remembered from before."""
+        async with self.drained():
+            try:
+                await uninterrupted(self.top.make_room())
+            finally:
+                self.replace_layers(self.layers)
 
     async def resize(self, size: int) -> None:
         """Give the disk ``size`` bytes; what is new reads as zeroes. Clients see it when they connect again.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from nbdserve.block.chain import NEEDS_TABLE, resolve
 from nbdserve.block.cow import fill_new, old_bytes, reads_zero
 from nbdserve.extents import UNALLOCATED, ZERO
-from nbdserve.formats.base import Allocation
+from nbdserve.formats.base import Allocation, RoomNeededError
 from nbdserve.units import MIB, align_down, align_up
 
 if TYPE_CHECKING:
@@ -25,20 +25,28 @@ async def populate(node: Node, offset: int, length: int, below: int) -> int:
     The bytes looked at, at least one. Nothing changes for who reads the node, and what clients write at the same time
     stays. OSError, RequestError.
     """
-    async with node.gate:
-        top = node.top
-        while (run := top.lookup(offset, length)) is None:
-            await top.load(offset)
-        if run[0] != UNALLOCATED:
-            return run[1]
-        kind, known, index = await _decision(node, offset, run[1])
-        if index >= below:
-            return known
-        start = align_down(offset, top.granularity)
-        longest = _LONGEST_ZERO if kind == ZERO else _LONGEST
-        stop = min(align_up(offset + min(known, longest), top.granularity), align_up(node.size, top.granularity))
-        async with node.locks.exclusive(align_down(start, top.cluster_size), align_up(stop, top.cluster_size)):
-            return await _fill(node, start, stop, kind) - (offset - start)
+    while True:
+        try:
+            async with node.gate:
+                return await _populate(node, offset, length, below)
+        except RoomNeededError:
+            await node.make_room()
+
+
+async def _populate(node: Node, offset: int, length: int, below: int) -> int:
+    top = node.top
+    while (run := top.lookup(offset, length)) is None:
+        await top.load(offset)
+    if run[0] != UNALLOCATED:
+        return run[1]
+    kind, known, index = await _decision(node, offset, run[1])
+    if index >= below:
+        return known
+    start = align_down(offset, top.granularity)
+    longest = _LONGEST_ZERO if kind == ZERO else _LONGEST
+    stop = min(align_up(offset + min(known, longest), top.granularity), align_up(node.size, top.granularity))
+    async with node.locks.exclusive(align_down(start, top.cluster_size), align_up(stop, top.cluster_size)):
+        return await _fill(node, start, stop, kind) - (offset - start)
 
 
 async def _decision(node: Node, offset: int, length: int) -> tuple[int, int, int]:

@@ -121,6 +121,10 @@ class CheckResult:
     messages: list[str] = field(default_factory=list)
 
 
+class RoomNeededError(Exception):
+    """``prepare``: nothing is allocated before ``make_room`` has been awaited; no request may be under way then."""
+
+
 class FormatDriver(ABC):
     """One open image layer."""
 
@@ -326,7 +330,13 @@ class FormatDriver(ABC):
         raise NotImplementedError
 
     async def prepare(self, offset: int, length: int) -> None:
-        """Bring into memory what ``allocate`` needs."""
+        """Bring into memory what ``allocate`` needs. RoomNeededError: ``make_room`` has to come first."""
+
+    async def make_room(self) -> None:
+        """Rearrange the file for the first allocation, if it has to be. Stable on return; the guest sees no change.
+
+        No request is under way; host offsets that were known are void afterwards. OSError, RequestError.
+        """
 
     def publish(self, allocation: Allocation) -> None:
         """The data is written: the guest range is now at the allocation. What was there before is released."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from nbdserve.block.forms import READ_DATA
 from nbdserve.block.lower import LowerNode
 from nbdserve.block.node import Node
-from nbdserve.units import KIB
+from nbdserve.formats.vdi.driver import VdiDriver
+from nbdserve.storage.file import FileStorage
+from nbdserve.units import KIB, MIB
 from tests.block.layers import overlay
+from tests.support import images
 
 CLUSTER = 64 * KIB
 
@@ -71,3 +75,27 @@ async def test_space_is_kept_for_replies_that_refer_to_it() -> None:
     assert run is not None
     assert kept is not None
     assert kept[2] == run[2]
+
+
+@images.needs_qemu
+async def test_room_that_is_made_below_is_made_between_the_requests_above(tmp_path: Path) -> None:
+    path = tmp_path / "base.vdi"
+    images.create(path, 4 * MIB, fmt="vdi")
+    images.qemu_io(path, "vdi", ["write -P 7 1M 1M"])
+    top = await overlay(None, 4 * MIB, cluster_size=CLUSTER)
+    top.top.has_backing = True  # type: ignore[attr-defined]
+    node = Node([top.top, await VdiDriver.open(await FileStorage.open(str(path)), {}, read_only=False)])
+    lower = LowerNode(node, 1)
+    assert await node.read(MIB, 512) == b"\7" * 512
+    assert node.try_read_into(MIB, memoryview(bytearray(512))) == READ_DATA
+    async with node.gate:
+        write = asyncio.create_task(lower.write(3 * MIB, b"n" * 512))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not node.layers[1].keeps_places
+    await write
+    assert node.layers[1].keeps_places
+    assert not node.places.readable
+    assert await node.read(MIB, MIB) == b"\7" * MIB
+    assert await node.read(3 * MIB, 513) == b"n" * 512 + b"\0"
+    await node.close()

@@ -5,10 +5,10 @@ data area stays dense, as the allocator of QEMU and VirtualBox takes for granted
 whose write failed, is mended before the image is closed.
 
 A commit that allocates writes the map to its other place (``two_maps``), so that QEMU's tools find a clean image after
-a crash at any point. Opening an image writable makes the room for that (``room``). Where it cannot, because the image
-was not clean before, the count of allocated blocks is written before the entries: a crash in between leaves a count
-that is too high, which QEMU's check calls an error although every block is where it was, and the next one is put behind
-them.
+a crash at any point. Before the first allocation the room for that is made (``room``). Where it cannot be, because the
+image was not clean before, the count of allocated blocks is written before the entries: a crash in between leaves a
+count that is too high, which QEMU's check calls an error although every block is where it was, and the next one is put
+behind them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Final, Self
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -27,27 +26,18 @@ import numpy.typing as npt
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.extents import DATA, UNALLOCATED, ZERO, RunArray, RunStream
 from nbdserve.formats.append_space import AppendSpace
-from nbdserve.formats.base import Allocation, CheckResult, CreateOption, FormatDriver, ImageInfo
+from nbdserve.formats.base import Allocation, CheckResult, CreateOption, FormatDriver, ImageInfo, RoomNeededError
 from nbdserve.formats.flat_image import FlatImage, copy_unit
-from nbdserve.formats.flat_map import PAGE_WORDS, FlatMap
+from nbdserve.formats.flat_map import PAGE_WORDS, FlatMap, Scan
 from nbdserve.formats.ordered_commit import Batch, Piece
 from nbdserve.formats.tables import AnyWords
 from nbdserve.formats.vdi import layout, room
+from nbdserve.formats.vdi.create import CREATE_OPTIONS, create_vdi, plan_header
 from nbdserve.formats.vdi.layout import FREE, ZEROED, Header
 from nbdserve.formats.vdi.two_maps import TwoMaps
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up, div_ceil
 
-_SWITCH: Final = {
-    "on": True,
-    "yes": True,
-    "true": True,
-    "y": True,
-    "off": False,
-    "no": False,
-    "false": False,
-    "n": False,
-}
 _MOST_UNMAPPED: Final = 1 << 16
 """Holes that are listed; with more there is no room for as many placeholders anyway."""
 
@@ -67,14 +57,7 @@ class VdiDriver(FlatImage):
     unit_called: ClassVar[str] = "block"
     backing_formats: ClassVar[tuple[str, ...] | None] = ("vdi",)
     needs_open_backing = True
-    create_options: ClassVar[tuple[CreateOption, ...]] = (
-        CreateOption(
-            "backing_file", "File name of the parent: make a differencing image, which does not store the name"
-        ),
-        CreateOption("backing_fmt", "Image format of the parent (vdi)"),
-        CreateOption("size", "Virtual disk size"),
-        CreateOption("static", "VDI static (pre-allocated) image", "off"),
-    )
+    create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
 
     def __init__(self, storage: Storage, header: Header, sector: bytes) -> None:
         super().__init__(storage, header.size, header.block_size)
@@ -88,6 +71,8 @@ class VdiDriver(FlatImage):
         self._unmapped: set[int] | None = set()
         """The others before that; None: too many to be listed."""
         self._maps: TwoMaps | None = None
+        self._lacks_room = False
+        """There is to be room for a second map before anything is allocated."""
         self._ready = False
         """The second map was made, or there is no room for one."""
         self._readying = asyncio.Lock()
@@ -132,10 +117,16 @@ class VdiDriver(FlatImage):
 
     async def _open_writable(self) -> None:
         found = await self._sound_scan()
-        header = self.header
-        if header.map_among_data or TwoMaps.of(header) is None:
-            await self._make_room()
+        if self.header.map_among_data:  # a crash came before the room was made, and the image is not written like that
+            self._rearranged(*await room.finish(self.storage, self.header, self._sector))
             found = await self.scan()
+        self._set_writable(self._space_of(found))
+        # What is sent from the file while its blocks move would not be what it was.
+        self._lacks_room = room.is_wanted(self.header, found)
+        self.keeps_places = not self._lacks_room
+
+    def _space_of(self, found: Scan) -> AppendSpace:
+        """Where new blocks go; notes what the data area has before that."""
         self._allocated, self._end = found.allocated, found.end
         holes = found.holes()
         if found.end - found.allocated <= _MOST_UNMAPPED:
@@ -145,18 +136,31 @@ class VdiDriver(FlatImage):
         block = self._block
         space = self._new_space()
         space.add_free((self._base + first * block, count * block) for first, count in holes)
-        self._set_writable(space)
+        return space
 
-    async def _make_room(self) -> None:
-        """For a second map. An image whose map lies among the data is not written without."""
-        header, sector = self.header, self._sector
+    async def make_room(self) -> None:
+        """For a second map, if there is none; the first blocks move. Without it, where it cannot be had, it goes on.
+
+        An error half way, with the old blocks still where they were: nothing is written any more.
+        """
+        if not self._lacks_room:
+            return
+        self._check_whole()
+        await self._commits.settle()
         try:
-            header, sector = await room.make_room(self.storage, *await room.finish(self.storage, header, sector))
+            header, sector = await room.make_room(self.storage, self.header, self._sector)
         except OSError as error:
             header, sector = await read_header(self.storage)
             if header.map_among_data:
+                self._stop_writing(f"{self.path}: the room for a second map could not be made, open it anew: {error}")
                 raise
             _log.warning("%s: there is no room for a second map: %s", self.path, error)
+        self._rearranged(header, sector)
+        self.space = self._space_of(await self.scan())
+        self._lacks_room, self.keeps_places = False, True
+
+    def _rearranged(self, header: Header, sector: bytes) -> None:
+        """The header's sector on disk is this one, and the map and the data area are where it says."""
         if header != self.header:
             self._touched = True
             self._sector = sector
@@ -195,7 +199,7 @@ class VdiDriver(FlatImage):
     def validate_create(cls, size: int, options: Mapping[str, str]) -> None:
         """ConfigError for a bad option, or a size no VDI image can have."""
         cls.check_option_names(options)
-        _plan(size, options)
+        plan_header(size, options)
 
     @classmethod
     async def create(
@@ -213,20 +217,13 @@ class VdiDriver(FlatImage):
         A differencing image remembers ``backing``, its parent, by its UUIDs.
         """
         cls.check_option_names(options)
-        header = _plan(size, options)
+        header = plan_header(size, options)
         if header.differencing:
             if not isinstance(backing, VdiDriver):
                 raise ConfigError("backing_file: the parent has to be opened, a differencing image holds its UUIDs")
             of = backing.header
             header = replace(header, uuid_parent=of.uuid, uuid_parent_modified=of.uuid_modified)
-        await storage.truncate(0)
-        await storage.truncate(header.data_offset + header.blocks_allocated * header.block_size)
-        for first in range(0, header.blocks, PAGE_WORDS):
-            count = min(PAGE_WORDS, header.blocks - first)
-            words = np.arange(first, first + count) if header.blocks_allocated else np.full(count, FREE)
-            await storage.write(header.map_offset + first * 4, words.astype("<u4").tobytes())
-        await storage.flush()
-        await storage.write_stable([(0, header.build())])
+        await create_vdi(storage, header)
 
     def info(self) -> ImageInfo:
         info = ImageInfo(self.name, self.size, self._block)
@@ -288,6 +285,12 @@ class VdiDriver(FlatImage):
         self._end = max(self._end, first + count)
         self._touched = True
 
+    async def prepare(self, offset: int, length: int) -> None:
+        """As for all such images, with room for a second map. RoomNeededError."""
+        if self._lacks_room:
+            raise RoomNeededError
+        await super().prepare(offset, length)
+
     def _is_marked(self) -> bool:
         return self._ready
 
@@ -330,10 +333,13 @@ class VdiDriver(FlatImage):
 
         ConfigError for more, and for less. The new entries are stable before the header counts them.
         """
-        header, size = self.header, align_up(size, SECTOR_SIZE)
-        old, blocks = header.disk_blocks, div_ceil(size, self._block)
-        if size < header.size:
+        size = align_up(size, SECTOR_SIZE)
+        if size < self.header.size:
             raise ConfigError(f"{self.path}: VDI images cannot shrink")
+        if size > self.header.size:
+            await self.make_room()
+        header = self.header
+        old, blocks = header.disk_blocks, div_ceil(size, self._block)
         movable = header.end + old * 4 <= header.map_offset
         entries = (header.data_offset - (header.end if movable else header.map_offset)) // 4
         if blocks > entries or size > layout.MAX_SIZE:
@@ -474,20 +480,3 @@ class VdiDriver(FlatImage):
         from nbdserve.formats.vdi.check import VdiCheck  # noqa: PLC0415  (check works on drivers)
 
         return await VdiCheck(self).run(repair_leaks=repair_leaks, repair_errors=repair_errors)
-
-
-def _plan(size: int, options: Mapping[str, str]) -> Header:
-    static = options.get("static", "off")
-    if static not in _SWITCH:
-        raise ConfigError(f"static={static}: must be on or off")
-    parent = options.get("backing_file")
-    if parent and _SWITCH[static]:
-        raise ConfigError(f"static={static}: a differencing image is dynamic")
-    if parent and options.get("backing_fmt") != "vdi":
-        raise ConfigError(f"backing_fmt={options.get('backing_fmt')}: the parent of a VDI image is one too (vdi)")
-    try:
-        header = layout.plan(size, static=_SWITCH[static])
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    kind = layout.TYPE_DIFFERENCING if parent else header.type
-    return replace(header, type=kind, uuid=uuid4(), uuid_modified=uuid4())

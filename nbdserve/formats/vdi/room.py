@@ -28,7 +28,7 @@ import numpy.typing as npt
 from nbdserve.errors import UnsupportedImageError
 from nbdserve.extents import Int64Array
 from nbdserve.formats.flat_image import copy_unit
-from nbdserve.formats.flat_map import FlatMap
+from nbdserve.formats.flat_map import FlatMap, Scan
 from nbdserve.formats.tables import AnyWords
 from nbdserve.formats.vdi import layout
 from nbdserve.formats.vdi.layout import ZEROED, Header
@@ -39,17 +39,20 @@ from nbdserve.units import SECTOR_SIZE, align_up, div_ceil
 _WORD = 4
 
 
-async def make_room(storage: Storage, header: Header, sector: bytes) -> tuple[Header, bytes]:
-    """The header and its sector, with the room made where it can be: not in a data area with holes. OSError.
+def is_wanted(header: Header, found: Scan) -> bool:
+    """Whether there is no room, and it can be made: not in a data area with holes. Closing an image fills them."""
+    return (
+        header.type != layout.TYPE_STATIC
+        and header.end <= header.map_offset
+        and header.blocks == header.disk_blocks
+        and found.allocated == found.end == len(found.used) == header.blocks_allocated
+        and TwoMaps.of(header) is None
+    )
 
-    Closing an image fills them.
-    """
-    if header.type == layout.TYPE_STATIC or header.end > header.map_offset or TwoMaps.of(header) is not None:
-        return header, sector
-    found = await _map_of(storage, header).scan(_units, header.disk_blocks)
-    allocated, block = found.allocated, header.block_size
-    if not allocated == found.end == len(found.used) == header.blocks_allocated or header.blocks != header.disk_blocks:
-        return header, sector
+
+async def make_room(storage: Storage, header: Header, sector: bytes) -> tuple[Header, bytes]:
+    """The header and its sector, with the room made for an image that wants it. OSError."""
+    allocated, block = header.blocks_allocated, header.block_size
     shift = _blocks_to_move(header)
     length = align_up(header.disk_blocks * _WORD, SECTOR_SIZE)
     most_placeholders = 2 * (shift + div_ceil(length, block) + 1)

@@ -107,6 +107,7 @@ async def write(driver: Qcow2Driver, offset: int, data: bytes, backing: bytes = 
         else:
             start = align_down(at, driver.granularity)
             wanted = align_up(end, driver.granularity) - start
+            await driver.make_room()
             while (allocation := driver.allocate(start, wanted)) is None:
                 await driver.prepare(start, wanted)
             assert allocation.offset == start

@@ -201,27 +201,6 @@ async def test_two_tebibytes(tmp_path: Path) -> None:
     images.qemu_io(path, "vdi", [f"read -P 0x78 {2 * TIB - 100} 100", f"read -P 0x79 {TIB - 100} 200"])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"static": "maybe"},
-        {"block_size": "1M"},
-        {"backing_file": "x"},
-        {"backing_file": "x", "backing_fmt": "raw"},
-        {"backing_file": "x", "backing_fmt": "vdi", "static": "on"},
-    ],
-)
-def test_bad_options(options: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match=r"static=|block_size|the parent of a VDI image"):
-        VdiDriver.validate_create(MIB, options)
-
-
-def test_a_size_that_is_too_large() -> None:
-    VdiDriver.validate_create(layout.MAX_SIZE, {})
-    with pytest.raises(ConfigError, match="at most"):
-        VdiDriver.validate_create(layout.MAX_SIZE + 512, {})
-
-
 @pytest.mark.parametrize("by", ["stock", "ours"])
 @pytest.mark.parametrize("static", ["off", "on"])
 async def test_both_write_in_turn(tmp_path: Path, by: str, static: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import errno
 import os
 import random
 import struct
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.errors import UnsupportedImageError
-from nbdserve.formats.vdi import layout
+from nbdserve.block.forms import READ_DATA
+from nbdserve.block.node import Node
+from nbdserve.errors import RequestError, UnsupportedImageError
+from nbdserve.formats.vdi import layout, room
 from nbdserve.formats.vdi.driver import VdiDriver
 from nbdserve.formats.vdi.layout import FREE, Header
 from nbdserve.formats.vdi.two_maps import TwoMaps
@@ -48,6 +52,12 @@ async def _open(storage: Storage) -> VdiDriver:
     return await VdiDriver.open(storage, {}, read_only=False)
 
 
+async def _make_room(storage: Storage) -> None:
+    driver = await _open(storage)
+    await driver.make_room()
+    await driver.close()
+
+
 def _header(path: Path) -> Header:
     data = path.read_bytes()
     return Header.parse(data[:512], str(path), len(data))
@@ -60,6 +70,7 @@ async def test_the_data_area_begins_a_block_further_behind(tmp_path: Path, size:
     path = tmp_path / "a.vdi"
     model = _stock(path, size, order)
     driver = await open_with(VdiDriver, path)
+    await driver.make_room()
     assert await flat.read(driver, 0, size) == model
     await driver.close()
     header = _header(path)
@@ -69,8 +80,81 @@ async def test_the_data_area_begins_a_block_further_behind(tmp_path: Path, size:
     images.check(path, "vdi")
     assert flat.content(path, "vdi") == dissected(path) == model
     before = path.read_bytes()
-    await (await open_with(VdiDriver, path)).close()
+    driver = await open_with(VdiDriver, path)
+    await driver.make_room()
+    await driver.close()
     assert path.read_bytes() == before
+
+
+async def test_what_allocates_nothing_moves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.vdi"
+    _stock(path, 5 * MIB, [3, 1, 4])
+    expected = bytearray(path.read_bytes())
+    node = Node([await open_with(VdiDriver, path)], unmap=True)
+    await node.flush()
+    await node.write(3 * MIB + 7, b"over" * 1000)
+    await node.zero(4 * MIB + 512, 4096)
+    await node.zero(0, MIB)
+    await node.discard(2 * MIB, MIB)
+    await node.close()
+    expected[1024 + 7 : 1024 + 4007] = b"over" * 1000
+    expected[1024 + 2 * MIB + 512 : 1024 + 2 * MIB + 4608] = bytes(4096)
+    assert path.read_bytes() == expected
+
+
+async def test_clients_go_on_while_the_first_allocation_makes_room(tmp_path: Path) -> None:
+    """Reads and overwrites of the block that moves, in every form, before and beside it."""
+    path = tmp_path / "a.vdi"
+    model = bytearray(_stock(path, 6 * MIB, [3, 1, 4]))
+    node = Node([await open_with(VdiDriver, path)])
+    assert node.locate_read(3 * MIB, 65536) is None
+    await node.read(3 * MIB, 512)
+    for number in range(8):  # places are remembered
+        model[3 * MIB + number * 4096 : 3 * MIB + (number + 1) * 4096] = b"%04d" % number * 1024
+        node.submit_write(3 * MIB + number * 4096, memoryview(b"%04d" % number * 1024), lambda _: None)
+        assert node.try_read_into(3 * MIB + number * 4096, memoryview(bytearray(4096))) == READ_DATA
+
+    async def client(number: int) -> None:
+        rng = random.Random(number)
+        for count in range(12):
+            block = rng.choice((0, 2, 3, 3, 5) if count else (3,))
+            offset, data = block * MIB + number * 8192, bytes([number * 16 + count]) * 4096
+            await node.write(offset, data)
+            model[offset : offset + 4096] = data
+            assert await node.read(offset, 4096) == data
+
+    await asyncio.gather(*map(client, range(1, 7)))
+    assert node.top.info().cluster_size == MIB
+    assert node.locate_read(3 * MIB, 65536) is not None
+    assert await node.read(0, 6 * MIB) == model
+    await node.close()
+    assert _header(path).data_offset == MIB + 1024
+    images.check(path, "vdi")
+    assert flat.content(path, "vdi") == model
+
+
+async def test_an_error_half_way_stops_all_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.vdi"
+    model = _stock(path, 5 * MIB, [3, 1, 4])
+    node = Node([await open_with(VdiDriver, path)])
+
+    async def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(room, "finish", full)
+    with pytest.raises(OSError, match="full"):
+        await node.write(0, b"x")
+    with pytest.raises(RequestError, match=r"open it anew: .*full"):
+        await node.write(3 * MIB, b"x")
+    assert await node.read(0, 5 * MIB) == model
+    await node.close()
+    monkeypatch.undo()
+    images.check(path, "vdi")
+    node = Node([await open_with(VdiDriver, path)])
+    await node.write(0, b"x")
+    await node.close()
+    images.check(path, "vdi")
+    assert flat.content(path, "vdi") == b"x" + model[1:]
 
 
 @pytest.mark.parametrize("order", [[3, 1, 4], []], ids=str)
@@ -79,7 +163,7 @@ async def test_a_crash_at_any_point_leaves_a_clean_image(tmp_path: Path, order: 
     path = tmp_path / "a.vdi"
     model = _stock(path, 5 * MIB, order)
     recorder = Recorder(seed=1)
-    await (await _open(recorder.storage(path.read_bytes()))).close()
+    await _make_room(recorder.storage(path.read_bytes()))
     seen: set[bytes] = set()
     among = 0
     for state in Replay(recorder, None, 1).states(STATES):
@@ -118,6 +202,7 @@ async def test_small_blocks_of_which_several_move(tmp_path: Path) -> None:
     model = bytearray(MIB)
     model[9 * 4096 : 10 * 4096], model[200 * 4096 : 201 * 4096] = b"b" * 4096, b"a" * 4096
     driver = await open_with(VdiDriver, path)
+    await driver.make_room()
     assert (driver.header.data_offset - 1536) // 4096 > 2
     assert await flat.read(driver, 0, MIB) == model
     await flat.random_changes(driver, model, 100, seed=1)
@@ -130,7 +215,7 @@ async def test_the_repair_finishes_what_a_crash_left(tmp_path: Path) -> None:
     path = tmp_path / "a.vdi"
     model = _stock(path, 5 * MIB, [3, 1, 4])
     recorder = Recorder(seed=1)
-    await (await _open(recorder.storage(path.read_bytes()))).close()
+    await _make_room(recorder.storage(path.read_bytes()))
     for state in Replay(recorder, None, 1).states(20):
         path.write_bytes(state.contents[0])
         if _header(path).map_among_data:
@@ -171,6 +256,7 @@ async def test_a_file_of_more_than_4_gib(tmp_path: Path) -> None:
         file.truncate(header.data_offset + allocated * MIB)
     images.check(path, "vdi")
     driver = await open_with(VdiDriver, path)
+    await driver.make_room()
     assert driver.header.data_offset == header.data_offset + MIB and TwoMaps.of(driver.header) is not None
     assert await flat.read(driver, 100, 5) == b"first"
     await flat.write(driver, 5 * GIB - MIB, b"x" * 512)
@@ -186,7 +272,7 @@ async def test_a_crash_while_the_end_is_reserved_by_the_count(tmp_path: Path, mo
     model = _stock(path, 5 * MIB, [3, 1, 4])
     recorder = Recorder(seed=1)
     storage = recorder.storage(path.read_bytes())
-    await _open(storage)
+    await (await _open(storage)).make_room()
     path.write_bytes(storage.content)
     images.check(path, "vdi")
     assert _header(path).data_offset == MIB + 1024 and flat.content(path, "vdi") == model
@@ -201,7 +287,9 @@ async def test_a_crash_while_the_end_is_reserved_by_the_count(tmp_path: Path, mo
         changed = bytearray(model)
         changed[2 * MIB : 2 * MIB + 512] = b"\x77" * 512
         assert flat.content(path, "vdi") == changed, str(state)
-        await (await open_with(VdiDriver, path)).close()
+        driver = await open_with(VdiDriver, path)
+        await driver.make_room()
+        await driver.close()
         images.check(path, "vdi")
         assert flat.content(path, "vdi") == changed, str(state)
     assert unclean
