@@ -79,7 +79,7 @@ async def _write_new(node: Node, offset: int, data: memoryview) -> int:
 
     async def fill(allocation: Allocation) -> None:
         inside = allocation.offset + allocation.length - offset
-        await node.data.write_all(await _content(node, allocation, offset, data[:inside]))
+        await node.data.write_all(await content(node, allocation, offset, data[:inside]))
 
     return await _change_new(node, offset, len(data), fill)
 
@@ -128,7 +128,7 @@ async def fill_new(node: Node, start: int, length: int, fill: Filling) -> Alloca
     return allocation
 
 
-async def _content(node: Node, allocation: Allocation, offset: int, data: memoryview) -> list[tuple[int, ReadBuffer]]:
+async def content(node: Node, allocation: Allocation, offset: int, data: memoryview) -> list[tuple[int, ReadBuffer]]:
     """What is to be written to the host for ``data`` and, around it, what its clusters read as so far.
 
     A sector that ``data`` covers in part is one piece: were it written in two, and the host space is still mapped on

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
@@ -21,10 +21,12 @@ from nbdserve.formats.probe import probe
 from nbdserve.formats.registry import DRIVERS, driver_for
 from nbdserve.storage.base import Storage
 from nbdserve.storage.file import FileStorage
-from nbdserve.storage.nbd import NbdStorage
 from nbdserve.storage.nbd_target import is_nbd
 from nbdserve.storage.roots import ImageRoots
 from nbdserve.units import align_up
+
+if TYPE_CHECKING:
+    from nbdserve.storage.nbd import NbdStorage
 
 MAX_CHAIN_DEPTH: Final = 64
 """Layers of one chain. A chain that loops is found by the identity of its files long before."""
@@ -94,6 +96,8 @@ async def _open_storage(spec: ImageSpec, roots: ImageRoots, *, read_only: bool) 
 async def open_storage(spec: ImageSpec, *, read_only: bool) -> FileStorage | NbdStorage:
     """The file or NBD export the user named, with the bytes of an image; ImageError when it cannot be opened."""
     if spec.nbd is not None:
+        from nbdserve.storage.nbd import NbdStorage  # noqa: PLC0415  (25 ms that files do not need)
+
         return await NbdStorage.open(spec.nbd, read_only=read_only)
     return await FileStorage.open(spec.path, read_only=read_only, cache=spec.cache, force_share=spec.force_share)
 

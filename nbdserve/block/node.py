@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
-from nbdserve.block import counting, cow, forms
+from nbdserve.block import bulk, counting, cow, forms
 from nbdserve.block.chain import NEEDS_TABLE, resolve
 from nbdserve.block.drain import Gate, uninterrupted
 from nbdserve.block.forms import READ_DATA, READ_SPLIT, READ_WAIT, READ_ZERO
@@ -195,6 +195,10 @@ class Node:
         """Fill ``buffer`` with the guest bytes at ``offset``."""
         zero_pieces(buffer, await self.read_pieces(offset, buffer))
 
+    async def read_all(self, ranges: bulk.Ranges) -> None:
+        """Fill every buffer with the guest bytes at its offset, with one trip to the worker threads for many."""
+        await bulk.read_all(self, ranges)
+
     async def read(self, offset: int, length: int) -> bytearray:
         """``length`` guest bytes from ``offset``."""
         buffer = bytearray(length)
@@ -243,6 +247,14 @@ class Node:
     async def write(self, offset: int, data: ReadBuffer, *, fua: bool = False) -> None:
         """Write ``data``; with ``fua`` it is stable on return, with the metadata that finds it."""
         await self._change(offset, len(data), lambda: cow.write(self, offset, memoryview(data)), fua)
+
+    async def write_all(self, ranges: bulk.Ranges) -> None:
+        """Write every range, with one trip to the worker threads for many. When this fails any may be written."""
+        if self._plain_writes and not self._watchers:
+            await bulk.write_all(self, ranges)
+        else:
+            for offset, data in ranges:
+                await self.write(offset, data)
 
     async def zero(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False, fua: bool = False

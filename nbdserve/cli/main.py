@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from importlib import import_module
 from typing import Annotated, Any, Final
 
 import typer
@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from nbdserve import __version__
 from nbdserve.cli.boundary import complain, guarded
+from nbdserve.cli.imports import import_for_good
 from nbdserve.cli.usage import UsageError
 
 PROGRAM: Final = "nbdserve"
@@ -31,7 +32,7 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in _MODULES:
             return None
-        return typer.main.get_command(import_module(_MODULES[cmd_name]).app)
+        return typer.main.get_command(import_for_good(_MODULES[cmd_name]).app)
 
 
 app = typer.Typer(
@@ -61,6 +62,7 @@ def _root(
 
 def main() -> None:
     """The entry point: exit code 0, 1 for an error, 2 for a command line that cannot be understood."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a thread per processor, for algebra
     sys.exit(guarded(PROGRAM, _run))
 
 

@@ -86,6 +86,7 @@ class ConvertJob(Job):
         what: AsyncIterator[Stretch] = stretches(node, start, end, above=above)
         if behind:
             what = skipping_zeroes(what)
-        if self._options.compress is not None:
+        # Without a base, where allocation is to be as QEMU's, whole units are copied: parts are no less work.
+        if self._options.compress is not None or (self._base is None and self._options.sparse):
             what = in_units(what, self._options.unit, node.size)
         await Copy(node, self._target, self._options, pace=self, shift=shift).run(what)

@@ -1,26 +1,29 @@
 """Copying the content of a disk to another, with several requests in flight.
 
 What reads as zeroes stays zeroes, what belongs to a common base stays there; the rest is read, searched for zeroes,
-and written, or compressed.
+and written, or compressed. Each request is one trip to the worker threads to read and one to write, for as many
+stretches of the disk as fill a buffer: while one request is written, the next is read.
 """
 
 from __future__ import annotations
 
 import asyncio
-import mmap
-from collections.abc import AsyncIterable, Awaitable, Callable
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from nbdserve.block.pieces import Piece, zero_pieces
+from nbdserve.block.bulk import Ranges
+from nbdserve.buffers import fill_zeroes
 from nbdserve.errors import RequestError
 from nbdserve.jobs.stretches import Stretch, What
 from nbdserve.jobs.zeroes import data_runs
-from nbdserve.storage.base import ReadBuffer
 from nbdserve.units import GIB, KIB, MIB, SECTOR_SIZE
 
-CHUNK: Final = 2 * MIB
-"""The longest read and write. Longer ones do not fit the processor's cache between the two."""
+CHUNK: Final = 4 * MIB
+"""What is read and written at a time; also the longest single read and write, which ends at a multiple of it."""
+_MOST_PIECES: Final = 128
+_WRITERS: Final = 2
+"""Writes under way at a time: a file takes one, and the next one is there when that has ended."""
 _ZERO_STEP: Final = GIB
 _LARGEST_UNIT: Final = 64 * KIB
 
@@ -28,15 +31,15 @@ _LARGEST_UNIT: Final = 64 * KIB
 class Source(Protocol):
     """What can be copied from: a node, or a filter on one."""
 
-    async def read_pieces(self, offset: int, buffer: memoryview) -> list[Piece]:
-        """As ``Node.read_pieces``."""
+    async def read_all(self, ranges: Ranges) -> None:
+        """As ``Node.read_all``."""
 
 
 class Target(Protocol):
     """What can be copied to."""
 
-    async def write(self, offset: int, data: ReadBuffer) -> None:
-        """As ``Node.write``."""
+    async def write_all(self, ranges: Ranges) -> None:
+        """As ``Node.write_all``."""
 
     async def zero(self, offset: int, length: int, *, unmap: bool = True) -> None:
         """As ``Node.zero``."""
@@ -70,9 +73,11 @@ class CopyOptions:
     write_zeroes: bool = False
     """Zeroes are written like data: the target has no other way to say that they are its own, and not the base's."""
     compress: Callable[[int, memoryview], Awaitable[None]] | None = None
-    """Writes one or more whole units compressed, instead of ``Target.write``; ``unit`` is their size then."""
+    """Writes one or more whole units compressed, instead of ``Target.write_all``; ``unit`` is their size then."""
     in_order: bool = False
-    """Writes begin one after the other, in the order of their offsets."""
+    """Changes of the target begin in the order of their offsets, and so space is allocated in that order."""
+    sequential: bool = False
+    """With ``in_order``: each begins when the one before it has ended."""
     skip_errors: Callable[[int, int, Exception], None] | None = None
     """Called with offset, length and error of what cannot be read; it counts as zeroes. None: it ends the copy."""
     progress: Callable[[int], None] | None = None
@@ -115,8 +120,12 @@ class Copy:
         self._running: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
         self._free = asyncio.Semaphore(options.requests)
-        self._spare: list[mmap.mmap] = []
-        self._last: asyncio.Task[None] | None = None
+        self._writers = asyncio.Semaphore(options.requests if options.compress is not None else _WRITERS)
+        self._spare: list[memoryview] = []
+        self._batch: list[tuple[int, int, bool]] = []
+        """Offset and length of what is copied with the next trip, and whether it is zeroes to be written."""
+        self._batched = 0
+        self._before: asyncio.Event | None = None
 
     async def run(self, what: AsyncIterable[Stretch]) -> None:
         """Copy all of it. The first error ends the copy, after what is in flight has ended.
@@ -126,6 +135,7 @@ class Copy:
         try:
             async for stretch in what:
                 await self._copy(stretch)
+            await self._send()
             await self._drain()
         except BaseException:
             for task in self._running:
@@ -133,8 +143,6 @@ class Copy:
             if self._running:
                 await asyncio.wait(self._running)
             raise
-        finally:
-            self._spare.clear()  # not closed: the traceback of an error may still have a view
 
     async def _copy(self, stretch: Stretch) -> None:
         offset, length, what = stretch
@@ -145,22 +153,49 @@ class Copy:
             await self._pace.throttle(0)
             self._done(length)
             return
-        step = _ZERO_STEP if what == What.ZERO and not fills else CHUNK
+        zeroes = what == What.ZERO and not fills
+        step = _ZERO_STEP if zeroes else CHUNK
         while offset < end:
             part = min(end, offset - offset % step + step) - offset
             if self._pace.pause_requested:
+                await self._send()
                 await self._drain()
             await self._pace.throttle(part)
+            if zeroes:
+                if self._options.in_order:
+                    await self._send()
+                await self._start(self._zero(offset, part, *self._turn()))
+            else:
+                if self._batched + part > CHUNK or len(self._batch) == _MOST_PIECES:
+                    await self._send()
+                self._batch.append((offset, part, fills))
+                self._batched += part
+            offset += part
+
+    async def _send(self) -> None:
+        """Begin to copy what has gathered."""
+        if self._batch:
+            batch, self._batch, self._batched = self._batch, [], 0
+            await self._start(self._data(batch, *self._turn()))
+
+    def _turn(self) -> tuple[asyncio.Event | None, asyncio.Event]:
+        """What a request waits for before it changes the target, if there is an order, and what it sets then."""
+        before = self._before if self._options.in_order else None
+        self._before = begun = asyncio.Event()
+        return before, begun
+
+    async def _start(self, work: Coroutine[None, None, None]) -> None:
+        try:
             await self._free.acquire()
             if self._failure is not None:
                 self._free.release()
                 raise self._failure
-            work = self._zero(offset, part) if step == _ZERO_STEP else self._data(offset, part, self._last, fills)
-            task = asyncio.get_running_loop().create_task(work)
-            self._running.add(task)
-            task.add_done_callback(self._ended)
-            self._last = task if self._options.in_order else None
-            offset += part
+        except BaseException:
+            work.close()
+            raise
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
@@ -178,49 +213,95 @@ class Copy:
         if self._options.progress is not None:
             self._options.progress(length)
 
-    async def _zero(self, offset: int, length: int) -> None:
-        await self._target.zero(offset + self._shift, length, unmap=self._options.unmap)
-        self._done(length)
-
-    async def _data(self, offset: int, length: int, before: asyncio.Task[None] | None, fills: bool) -> None:
-        buffer = self._spare.pop() if self._spare else mmap.mmap(-1, CHUNK)
+    async def _zero(self, offset: int, length: int, before: asyncio.Event | None, begun: asyncio.Event) -> None:
         try:
-            with memoryview(buffer) as whole, whole[:length] as data:
-                if fills:
-                    zero_pieces(data, [(True, length)])
-                else:
-                    await self._read(offset, data)
-                if before is not None:
-                    await asyncio.wait([before])
-                await self._write(offset + self._shift, data)
+            if before is not None:
+                await before.wait()
+            if not self._options.sequential:
+                begun.set()
+            await self._target.zero(offset + self._shift, length, unmap=self._options.unmap)
         finally:
-            self._spare.append(buffer)
+            begun.set()
         self._done(length)
 
-    async def _read(self, offset: int, data: memoryview) -> None:
+    async def _data(
+        self, batch: list[tuple[int, int, bool]], before: asyncio.Event | None, begun: asyncio.Event
+    ) -> None:
+        buffer = self._spare.pop() if self._spare else memoryview(bytearray(CHUNK))
+        ranges: list[tuple[int, memoryview]] = []
+        wanted: list[tuple[int, memoryview]] = []
+        position = 0
+        for offset, length, fills in batch:
+            data = buffer[position : position + length]
+            position += length
+            ranges.append((offset, data))
+            if fills:
+                fill_zeroes(data)
+            else:
+                wanted.append((offset, data))
         try:
-            zero_pieces(data, await self._source.read_pieces(offset, data))
+            await self._read(wanted)
+            if before is not None:
+                await before.wait()
+            async with self._writers:
+                if not self._options.sequential:
+                    begun.set()
+                await self._write(ranges)
+        finally:
+            begun.set()
+            self._spare.append(buffer)
+        self._done(position)
+
+    async def _read(self, ranges: list[tuple[int, memoryview]]) -> None:
+        try:
+            await self._source.read_all(ranges)
         except (OSError, RequestError) as error:
             if self._options.skip_errors is None:
                 raise
+            if len(ranges) > 1:
+                for piece in ranges:
+                    await self._read([piece])
+                return
+            [(offset, data)] = ranges
             if len(data) <= SECTOR_SIZE:
-                zero_pieces(data, [(True, len(data))])
+                fill_zeroes(data)
                 self._options.skip_errors(offset, len(data), error)
                 return
             step = max(SECTOR_SIZE, len(data) // 32 // SECTOR_SIZE * SECTOR_SIZE)
             for start in range(0, len(data), step):
-                await self._read(offset + start, data[start : start + step])
+                await self._read([(offset + start, data[start : start + step])])
 
-    async def _write(self, offset: int, data: memoryview) -> None:
+    async def _write(self, ranges: list[tuple[int, memoryview]]) -> None:
         options = self._options
-        write = options.compress or self._target.write
-        if options.write_zeroes or not options.sparse:
-            await write(offset, data)
+        if options.compress is not None:
+            for offset, data in ranges:
+                await self._write_compressed(options.compress, offset + self._shift, data)
             return
-        shortest = options.sparse if options.compress is None else options.unit
-        for is_hole, start, end in data_runs(data, offset, options.unit, shortest):
+        if options.write_zeroes or not options.sparse:
+            await self._target.write_all([(offset + self._shift, data) for offset, data in ranges])
+            return
+        found: list[tuple[int, memoryview]] = []
+        for guest_offset, data in ranges:
+            offset = guest_offset + self._shift
+            for is_hole, start, end in data_runs(data, offset, options.unit, options.sparse):
+                if not is_hole:
+                    found.append((offset + start, data[start:end]))
+                elif not options.zeroed:
+                    await self._target.write_all(found)
+                    found = []
+                    await self._target.zero(offset + start, end - start, unmap=options.unmap)
+        await self._target.write_all(found)
+
+    async def _write_compressed(
+        self, compress: Callable[[int, memoryview], Awaitable[None]], offset: int, data: memoryview
+    ) -> None:
+        """Whole units of data, and of zeroes."""
+        options = self._options
+        if options.write_zeroes or not options.sparse:
+            await compress(offset, data)
+            return
+        for is_hole, start, end in data_runs(data, offset, options.unit, options.unit):
             if not is_hole:
-                with data[start:end] as part:
-                    await write(offset + start, part)
+                await compress(offset + start, data[start:end])
             elif not options.zeroed:
                 await self._target.zero(offset + start, end - start, unmap=options.unmap)

@@ -68,6 +68,11 @@ class Storage(ABC):
         await self.read_into(offset, memoryview(buffer))
         return buffer
 
+    async def read_all(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill every buffer from its offset, in any order; one trip to the worker threads where there are such."""
+        for offset, buffer in pieces:
+            await self.read_into(offset, buffer)
+
     @abstractmethod
     async def write(self, offset: int, data: ReadBuffer) -> None:
         """Write all of ``data`` at ``offset``."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -28,6 +28,8 @@ from nbdserve.storage.syscalls import (
 )
 from nbdserve.units import MIB, align_down, align_up
 
+FullRead: TypeAlias = Callable[[int, int, memoryview], None]
+"""``read_fully``, or its direct I/O form: ``(fd, offset, buffer)``."""
 FullWrite: TypeAlias = Callable[[int, int, ReadBuffer], None]
 """``write_fully``, or its direct I/O form: ``(fd, offset, data)``."""
 
@@ -71,6 +73,12 @@ def read_fully(fd: int, offset: int, buffer: memoryview) -> None:
             fill_zeroes(buffer[done:])
             return
         done += count
+
+
+def read_all(read: FullRead, fd: int, pieces: Sequence[tuple[int, memoryview]]) -> None:
+    """``read`` every ``(offset, buffer)``."""
+    for offset, buffer in pieces:
+        read(fd, offset, buffer)
 
 
 def is_cached(fd: int, offset: int, length: int) -> bool:

@@ -290,6 +290,9 @@ class FileStorage(Storage):
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         await self._run(self._read_fully, self._fd, offset, buffer)
 
+    async def read_all(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        await self._run(blocking.read_all, self._read_fully, self._fd, pieces)
+
     async def write(self, offset: int, data: ReadBuffer) -> None:
         try:
             await self._change(self._write_fully, self._fd, offset, data)

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from nbdserve.block.pieces import Piece
+from nbdserve.block.bulk import Ranges
 from nbdserve.errors import RequestError
 from nbdserve.jobs.copy import CHUNK, Copy, CopyOptions, unit_for
 from nbdserve.jobs.stretches import Stretch, What
-from nbdserve.storage.base import ReadBuffer
 
 SIZE = 3 * CHUNK + 12345
 
@@ -37,12 +36,16 @@ class Disk:
         if any(offset <= bad < offset + length for bad in self.broken):
             raise OSError(5, f"{what} went wrong")
 
-    async def read_pieces(self, offset: int, buffer: memoryview) -> list[Piece]:
-        await self._turn("read", offset, len(buffer))
-        buffer[:] = self.content[offset : offset + len(buffer)]
-        return [(False, len(buffer))]
+    async def read_all(self, ranges: Ranges) -> None:
+        for offset, buffer in ranges:
+            await self._turn("read", offset, len(buffer))
+            buffer[:] = self.content[offset : offset + len(buffer)]
 
-    async def write(self, offset: int, data: ReadBuffer) -> None:
+    async def write_all(self, ranges: Ranges) -> None:
+        for offset, data in ranges:
+            await self.write(offset, data)
+
+    async def write(self, offset: int, data: memoryview) -> None:
         await self._turn("write", offset, len(data))
         self.content[offset : offset + len(data)] = data
 

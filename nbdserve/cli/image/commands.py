@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any, Final
 
 import typer
 from typer.core import TyperGroup
+
+from nbdserve.cli.imports import import_for_good
 
 _PLACES: Final = {
     "create": "create:create",
@@ -39,7 +40,7 @@ class _Commands(TyperGroup):
         if cmd_name not in _PLACES:
             return None
         module, _, name = _PLACES[cmd_name].partition(":")
-        found = getattr(import_module(f"nbdserve.cli.image.{module}"), name)
+        found = getattr(import_for_good(f"nbdserve.cli.image.{module}"), name)
         if isinstance(found, typer.Typer):
             return typer.main.get_command(found)
         alone = typer.Typer(add_completion=False)

@@ -304,7 +304,9 @@ async def _copy(request: _Request, nodes: list[Node], target: Node, common: Comm
     if common is not None and not top.zeroes_fast:
         copy = replace(copy, write_zeroes=True)
     if request.compress or top.compressed_only:
-        copy = replace(copy, unit=top.cluster_size, compress=target.write_compressed)
+        copy = replace(
+            copy, unit=top.cluster_size, compress=target.write_compressed, in_order=True, sequential=top.compressed_only
+        )
     job = ConvertJob("convert", nodes, target, copy, base=common, speed=request.speed)
     await run_job(job, "Converting", progress=request.progress)
 
@@ -317,7 +319,7 @@ async def _to_stream(request: _Request, nodes: list[Node]) -> None:
     if request.target.format != "raw" or request.compress or request.base is not None or request.skip_create:
         raise ConfigError("standard output takes a raw image, from its beginning to its end: leave out -O, -c, -B, -n")
     target = StreamTarget(sys.stdout.buffer)
-    copy = replace(request.copy, sparse=4 * KIB, in_order=True)
+    copy = replace(request.copy, sparse=4 * KIB, in_order=True, sequential=True)
     await run_job(
         ConvertJob("convert", nodes, target, copy, speed=request.speed), "Converting", progress=request.progress
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import BinaryIO
 
+from nbdserve.block.bulk import Ranges
 from nbdserve.buffers import ZEROES
-from nbdserve.storage.base import ReadBuffer
 
 
 class StreamTarget:
@@ -17,8 +17,12 @@ class StreamTarget:
         self._position = 0
         self._moved = asyncio.Condition()
 
-    async def write(self, offset: int, data: ReadBuffer) -> None:
-        """Wait for the turn of ``offset``, then write."""
+    async def write_all(self, ranges: Ranges) -> None:
+        """Write them, each in its turn."""
+        for offset, data in ranges:
+            await self._write(offset, data)
+
+    async def _write(self, offset: int, data: memoryview) -> None:
         async with self._moved:
             await self._moved.wait_for(lambda: self._position == offset)
             await asyncio.to_thread(self._stream.write, data)
@@ -30,5 +34,5 @@ class StreamTarget:
         end = offset + length
         while offset < end:
             part = min(end - offset, len(ZEROES))
-            await self.write(offset, memoryview(ZEROES)[:part])
+            await self._write(offset, memoryview(ZEROES)[:part])
             offset += part

@@ -12,15 +12,17 @@ import errno
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
 from nbdserve.errors import ImageError, RequestError
 from nbdserve.storage.base import ReadBuffer
 from nbdserve.units import SECTOR_SIZE
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers import CipherContext
 
 Words: TypeAlias = npt.NDArray[np.uint64]
 Octets: TypeAlias = npt.NDArray[np.uint8]
@@ -166,6 +168,8 @@ class AesBlocks:
 
     def __init__(self, key: bytes, *, encrypting: bool) -> None:
         """``key``: 16, 24 or 32 bytes."""
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes  # noqa: PLC0415  (12 ms)
+
         self._cipher = Cipher(algorithms.AES(key), modes.ECB())  # the modes are built on top
         self._encrypting = encrypting
         self._idle: list[CipherContext] = []
@@ -228,6 +232,8 @@ class CbcCipher(SectorCipher):
         """``key``: one AES key."""
         self._encrypt_blocks = AesBlocks(key, encrypting=True)
         self._decrypt_blocks = AesBlocks(key, encrypting=False)
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes  # noqa: PLC0415  (12 ms)
+
         self._cbc = Cipher(algorithms.AES(key), modes.CBC(bytes(BLOCK)))
         self._idle: list[tuple[CipherContext, Words]] = []
         """Contexts, and the block of which each chains to the next."""

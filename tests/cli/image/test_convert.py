@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -314,14 +315,14 @@ def test_what_cannot_be_read_becomes_zeroes(tmp_path: Path, monkeypatch: pytest.
     content = bytearray(made.read_bytes())
     content[65536:131072] = b"\x01" * 65536
     made.write_bytes(content)
-    read = FileStorage.read_into
+    read = FileStorage.read_all
 
-    async def broken(self: FileStorage, offset: int, buffer: memoryview) -> None:
-        if self.path == str(made) and offset < 70144 and offset + len(buffer) > 69632:
+    async def broken(self: FileStorage, pieces: Sequence[tuple[int, memoryview]]) -> None:
+        if self.path == str(made) and any(at < 70144 and at + len(buffer) > 69632 for at, buffer in pieces):
             raise OSError(5, os.strerror(5))
-        await read(self, offset, buffer)
+        await read(self, pieces)
 
-    monkeypatch.setattr(FileStorage, "read_into", broken)
+    monkeypatch.setattr(FileStorage, "read_all", broken)
     ran = image(monkeypatch, "convert", "-f", "raw", made, tmp_path / "target")
     assert (ran.code, "Input/output error" in ran.err) == (1, True)
     ran = image(monkeypatch, "convert", "--salvage", "-f", "raw", made, tmp_path / "target")
