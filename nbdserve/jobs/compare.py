@@ -5,38 +5,53 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from typing import ClassVar, Final
+from typing import ClassVar, Final, NamedTuple
 
 import numpy as np
 
 from nbdserve.block.cow import is_zero
 from nbdserve.block.node import Node
-from nbdserve.block.pieces import zero_pieces
 from nbdserve.block.window import map_node
 from nbdserve.extents import COMPRESSED, UNALLOCATED, ZERO, Int64Array
-from nbdserve.jobs.copy import CHUNK
 from nbdserve.jobs.job import Job
 from nbdserve.jobs.stretches import Stretch, What, stretches
-from nbdserve.units import SECTOR_SIZE
+from nbdserve.storage.base import ReadBuffer
+from nbdserve.units import KIB, MIB, SECTOR_SIZE
 
-_IN_FLIGHT: Final = 3
+_CHUNK: Final = 2 * MIB
+"""The most that is read of each disk at a time."""
+_MOST_PIECES: Final = 128
+_IN_FLIGHT: Final = 4
 """Chunks compared at a time, each of two reads."""
+_STEP: Final = 256 * KIB
+"""Compared at a time: as much as stays in the processor's cache."""
 _LAST: Final = 16
 """Added to the status of the run that ends with the disk."""
 
 
-def first_difference(one: bytearray, other: bytearray) -> int | None:
+class _Piece(NamedTuple):
+    """A range of guest bytes, and the numbers of the disks that have data there."""
+
+    offset: int
+    length: int
+    data: tuple[int, ...]
+
+
+def first_difference(one: ReadBuffer, other: ReadBuffer) -> int | None:
     """The offset of the first sector that differs; both have one length."""
-    if one == other:
-        return None
-    differ = np.frombuffer(one, np.uint8) != np.frombuffer(other, np.uint8)
-    return int(differ.argmax()) // SECTOR_SIZE * SECTOR_SIZE
+    for start in range(0, len(one), _STEP):
+        length = min(_STEP, len(one) - start)
+        words = np.uint64 if length % 8 == 0 else np.uint8
+        step = np.dtype(words).itemsize
+        differ = np.frombuffer(one, words, length // step, start) != np.frombuffer(other, words, length // step, start)
+        if differ.any():
+            return (start + int(differ.argmax()) * step) // SECTOR_SIZE * SECTOR_SIZE
+    return None
 
 
-def first_data(data: bytearray) -> int | None:
+def first_data(data: ReadBuffer) -> int | None:
     """The offset of the first sector that is not zero."""
-    view = memoryview(data)
-    if is_zero(view):
+    if is_zero(memoryview(data)):
         return None
     return int((np.frombuffer(data, np.uint8) != 0).argmax()) // SECTOR_SIZE * SECTOR_SIZE
 
@@ -52,17 +67,18 @@ class CompareJob(Job):
         self.total_progress = max(one.size, other.size)
         self.mismatch: int | None = None
         """Offset of the first sector that differs."""
+        self._spare: list[tuple[memoryview, ...]] = []
 
     async def run(self) -> None:
         """Compare."""
         running: deque[tuple[int, asyncio.Task[int | None]]] = deque()
         try:
-            async for offset, length, data in self._chunks():
-                await self.throttle(length)
+            async for batch in self._batches():
+                await self.throttle(sum(piece.length for piece in batch))
                 if len(running) == _IN_FLIGHT and await self._found(*running.popleft()):
                     return
-                task = asyncio.get_running_loop().create_task(self._compare(offset, length, data))
-                running.append((offset, task))
+                task = asyncio.get_running_loop().create_task(self._compare(batch))
+                running.append((batch[0].offset, task))
             while running:
                 if await self._found(*running.popleft()):
                     return
@@ -75,31 +91,62 @@ class CompareJob(Job):
 
     async def _found(self, offset: int, task: asyncio.Task[int | None]) -> bool:
         self.current_progress = offset
-        found = await task
-        if found is not None:
-            self.mismatch = offset + found
-        return found is not None
+        self.mismatch = await task
+        return self.mismatch is not None
 
-    async def _chunks(self) -> AsyncIterator[tuple[int, int, list[Node]]]:
-        """Offset, length and the disks that have data there; where none has, nothing needs to be compared."""
+    async def _batches(self) -> AsyncIterator[list[_Piece]]:
+        """What has to be read, as much of it as fills a buffer at a time."""
+        batch: list[_Piece] = []
+        room = _CHUNK
+        async for piece in self._pieces():
+            if piece.length > room or len(batch) == _MOST_PIECES:
+                yield batch
+                batch, room = [], _CHUNK
+            batch.append(piece)
+            room -= piece.length
+        if batch:
+            yield batch
+
+    async def _pieces(self) -> AsyncIterator[_Piece]:
+        """Where at least one disk has data; where none has, nothing needs to be compared."""
         one, other = (_padded(node, self.total_progress) for node in self._nodes)
         left, right = await anext(one, None), await anext(other, None)
         while left is not None and right is not None:
             start = max(left.offset, right.offset)
             end = min(left.offset + left.length, right.offset + right.length)
-            data = [node for node, part in zip(self._nodes, (left, right), strict=True) if part.what == What.DATA]
+            data = tuple(number for number, part in enumerate((left, right)) if part.what == What.DATA)
             while start < end and data:
-                length = min(end - start, CHUNK - start % CHUNK)
-                yield start, length, data
+                length = min(end - start, _CHUNK - start % _CHUNK)
+                yield _Piece(start, length, data)
                 start += length
             if left.offset + left.length == end:
                 left = await anext(one, None)
             if right.offset + right.length == end:
                 right = await anext(other, None)
 
-    async def _compare(self, offset: int, length: int, data: list[Node]) -> int | None:
-        buffers = await asyncio.gather(*(_read(node, offset, length) for node in data))
-        return first_difference(*buffers) if len(buffers) == 2 else first_data(buffers[0])
+    async def _compare(self, batch: list[_Piece]) -> int | None:
+        """The offset of the first sector that differs."""
+        buffers = self._spare.pop() if self._spare else tuple(memoryview(bytearray(_CHUNK)) for _ in self._nodes)
+        views: list[list[memoryview]] = []
+        wanted: tuple[list[tuple[int, memoryview]], ...] = tuple([] for _ in self._nodes)
+        position = 0
+        for offset, length, data in batch:
+            views.append([buffers[number][position : position + length] for number in data])
+            for number, view in zip(data, views[-1], strict=True):
+                wanted[number].append((offset, view))
+            position += length
+        try:
+            reads = [node.read_all(ranges) for node, ranges in zip(self._nodes, wanted, strict=True)]
+            for outcome in await asyncio.gather(*reads, return_exceptions=True):
+                if outcome is not None:
+                    raise outcome
+            for piece, read in zip(batch, views, strict=True):
+                found = first_difference(*read) if len(read) == 2 else first_data(read[0])
+                if found is not None:
+                    return piece.offset + found
+        finally:
+            self._spare.append(buffers)
+        return None
 
 
 async def _padded(node: Node, end: int) -> AsyncIterator[Stretch]:
@@ -109,13 +156,6 @@ async def _padded(node: Node, end: int) -> AsyncIterator[Stretch]:
             yield stretch
     if node.size < end:
         yield Stretch(node.size, end - node.size, What.ZERO)
-
-
-async def _read(node: Node, offset: int, length: int) -> bytearray:
-    buffer = bytearray(length)
-    with memoryview(buffer) as view:
-        zero_pieces(view, await node.read_pieces(offset, view))
-    return buffer
 
 
 async def first_status_mismatch(one: Node, other: Node) -> int | None:

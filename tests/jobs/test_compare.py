@@ -6,7 +6,7 @@ import pytest
 
 from nbdserve.block.node import Node
 from nbdserve.jobs.compare import CompareJob, first_data, first_difference, first_status_mismatch
-from nbdserve.jobs.copy import CHUNK
+from nbdserve.units import MIB
 from nbdserve.storage.memory import MemoryStorage
 from tests.block.layers import Scripted, raw_node
 
@@ -37,18 +37,18 @@ async def test_maps(one: list[str], other: list[str], expected: int | None) -> N
     assert await mismatch(layered(*other), layered(*one)) == expected
 
 
-@pytest.mark.parametrize("at", [0, 511, 512, CHUNK - 1, CHUNK, 3 * CHUNK + 1000])
+@pytest.mark.parametrize("at", [0, 511, 512, (2 * MIB) - 1, (2 * MIB), 3 * (2 * MIB) + 1000])
 async def test_the_first_of_many_differences(at: int) -> None:
-    content = random.Random(1).randbytes(4 * CHUNK)
+    content = random.Random(1).randbytes(4 * (2 * MIB))
     changed = bytearray(content)
-    for offset in (at, 4 * CHUNK - 1):
+    for offset in (at, 4 * (2 * MIB) - 1):
         changed[offset] ^= 1
     one, other = await raw_node(MemoryStorage(content)), await raw_node(MemoryStorage(bytes(changed)))
     assert await mismatch(one, other) == at // 512 * 512
 
 
 async def test_equal_data_and_progress() -> None:
-    content = random.Random(1).randbytes(3 * CHUNK + 77)
+    content = random.Random(1).randbytes(3 * (2 * MIB) + 77)
     job = CompareJob("job", await raw_node(MemoryStorage(content)), await raw_node(MemoryStorage(content)))
     await job.result()
     assert job.mismatch is None

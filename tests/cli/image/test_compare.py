@@ -68,11 +68,11 @@ def test_exit_codes(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ended("a.raw", "absent").code == 2
     assert ended("-F", "vdi", "a.raw", "a.qcow2").code == 2
 
-    async def broken(self: FileStorage, offset: int, buffer: memoryview) -> Any:
+    async def broken(self: FileStorage, *_: Any) -> Any:
         raise OSError(5, os.strerror(5), self.path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(FileStorage, "read_into", broken)
+        patched.setattr(FileStorage, "read_all", broken)
         assert ended("-f", "raw", "-F", "raw", "a.raw", "longer.vdi").code == 4
     with monkeypatch.context() as patched:
         patched.setattr(FileStorage, "host_map", broken)
