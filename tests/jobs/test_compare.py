@@ -6,8 +6,8 @@ import pytest
 
 from nbdserve.block.node import Node
 from nbdserve.jobs.compare import CompareJob, first_data, first_difference, first_status_mismatch
-from nbdserve.units import MIB
 from nbdserve.storage.memory import MemoryStorage
+from nbdserve.units import MIB
 from tests.block.layers import Scripted, raw_node
 
 
