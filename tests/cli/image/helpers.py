@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from nbdserve.cli.boundary import guarded
 from nbdserve.cli.main import PROGRAM, _run
@@ -90,3 +92,51 @@ def make_chain(directory: Path) -> list[Path]:
         "empty",
     ]
     return [directory / name for name in names]
+
+
+MARK: Final = b"\xd7" * 512
+_HANGS: Final = f"""
+import asyncio
+from nbdserve.cli.main import main
+from nbdserve.storage.file import FileStorage
+
+left = 1
+
+def hanging(real):
+    async def method(self, *arguments):
+        global left
+        pieces = arguments[0] if len(arguments) == 1 else [arguments]
+        if any({MARK!r} in bytes(data) for _, data in pieces):
+            left -= 1
+            if left < 0:
+                print("in the middle", flush=True)
+                await asyncio.sleep(3600)
+        await real(self, *arguments)
+    return method
+
+FileStorage.write, FileStorage.write_all = hanging(FileStorage.write), hanging(FileStorage.write_all)
+main()
+"""
+
+
+def interrupted(*arguments: str | Path) -> Ran:
+    """``nbdserve image ARGUMENTS`` in a process of its own, which gets SIGINT at the second write of ``MARK``."""
+    with subprocess.Popen(
+        [sys.executable, "-c", _HANGS, "image", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "in the middle\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    return Ran(process.returncode, out, err)
+
+
+def marked(path: Path, form: str = "raw", *options: str | Path) -> Path:
+    """An image with runs of MARK at its beginning and 8 MiB further on."""
+    subprocess.run(["qemu-img", "create", "-q", "-f", form, *map(str, options), str(path), "12M"], check=True)
+    writes = ["-c", "write -P 0xd7 0 256k", "-c", "write -P 0xd7 8M 256k"]
+    subprocess.run(["qemu-io", "-f", form, *writes, str(path)], check=True, stdout=subprocess.DEVNULL)
+    return path

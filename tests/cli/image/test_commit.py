@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.cli.image.helpers import image, qemu_img
+from tests.cli.image.helpers import Ran, image, interrupted, marked, qemu_img
 from tests.support import images
 from tests.support.images import needs_qemu
 
@@ -117,3 +118,16 @@ def test_refusals_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert result.code == 1
         assert message in result.err
     assert [path.read_bytes() for path in (base, top)] == before
+
+
+def test_interrupted(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    images.create(base, 12 << 20, fmt="raw")
+    top = marked(tmp_path / "top", "qcow2", "-b", str(base), "-F", "raw")
+    before = tmp_path / "before"
+    images.run("qemu-img", "convert", "-O", "raw", top, before)
+    assert interrupted("commit", top) == Ran(130, "", "")
+    assert base.read_bytes()[: 256 << 10] == b"\xd7" * (256 << 10)  # it was in the middle
+    assert sorted(os.listdir(tmp_path)) == ["base", "before", "top"]
+    images.run("qemu-img", "compare", before, top)
+    images.run("qemu-img", "check", "-q", top)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 
 from nbdserve.formats.registry import DRIVERS
 from nbdserve.storage.file import FileStorage
-from tests.cli.image.helpers import Ran, image, qemu_img
+from tests.cli.image.helpers import Ran, image, interrupted, marked, qemu_img
 from tests.support.images import needs_qemu, run
 
 pytestmark = needs_qemu
@@ -377,3 +380,78 @@ def test_the_options_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_format_that_can_be_made_is_tried() -> None:
     ours = {name for name in DRIVERS if DRIVERS[name].can("create")}
     assert ours - set(FORMATS) == {"raw-cow", "luks"}
+
+
+@pytest.mark.parametrize("target", ["raw", "vmdk"])
+def test_interrupted(tmp_path: Path, target: str) -> None:
+    made = marked(tmp_path / "source")
+    before = made.read_bytes()
+    (tmp_path / "kept").write_text("precious")
+    for name in ("new", "kept"):
+        assert interrupted("convert", "-m", "1", "-S", "0", "-O", target, made, tmp_path / name) == Ran(130, "", "")
+    assert sorted(os.listdir(tmp_path)) == ["kept", "source"]
+    assert (tmp_path / "kept").read_text() == "precious"
+    assert made.read_bytes() == before
+
+
+@pytest.mark.parametrize("target", ["raw", "qcow2"])
+def test_a_full_disk(tmp_path: Path, target: str) -> None:
+    """The kernel refuses to let the file grow past a limit, in the middle of the copy."""
+    made = marked(tmp_path / "source")
+    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (9 << 20, 9 << 20)); from nbdserve.cli.main import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "image",
+        "convert",
+        "-S",
+        "0",
+        "-O",
+        target,
+        str(made),
+        str(tmp_path / "new"),
+    ]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1)
+    assert "File too large" in ran.stderr
+    assert os.listdir(tmp_path) == ["source"]
+
+
+def test_nbd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export of another server as source, and, with -n, as target."""
+    made, target = make(tmp_path / "source", "qcow2", 5), tmp_path / "target"
+    run("qemu-img", "create", "-q", "-f", "raw", target, str(SIZE))
+    with exported(made, "qcow2", tmp_path / "a") as source_uri, exported(target, "raw", tmp_path / "b") as target_uri:
+        converted(monkeypatch, "-f", "raw", "-O", "vdi", source_uri, tmp_path / "new.vdi")
+        converted(monkeypatch, "-n", "-f", "raw", "-O", "raw", source_uri, target_uri)
+        ran = image(monkeypatch, "convert", "-O", "raw", source_uri, target_uri)
+        assert (ran.code, "give -n" in ran.err) == (1, True)
+        ran = image(monkeypatch, "compare", "-f", "raw", "-F", "raw", source_uri, target_uri)
+        assert (ran.code, ran.out) == (0, "Images are identical.\n")
+        stock = qemu_img("compare", "-f", "raw", "-F", "raw", source_uri, target_uri)
+        assert (ran.out, ran.code) == (stock.out, stock.code)
+        rows = image(monkeypatch, "map", "--output", "json", "-f", "raw", source_uri).json()
+        theirs = qemu_img("map", "--output", "json", "-f", "raw", source_uri).json()
+        assert [(row["start"], row["length"], row["data"], row["zero"]) for row in rows] == [
+            (row["start"], row["length"], row["data"], row["zero"]) for row in theirs
+        ]
+        info = image(monkeypatch, "info", "--output", "json", "-f", "raw", source_uri).json()
+        assert (info["virtual-size"], info["format"]) == (SIZE, "raw")
+    same(made, "qcow2", tmp_path / "new.vdi", "vdi")
+    same(made, "qcow2", target, "raw")
+
+
+@contextlib.contextmanager
+def exported(path: Path, form: str, socket: Path) -> Iterator[str]:
+    """The image on a qemu-nbd, and the URI of the export."""
+    process = subprocess.Popen(["qemu-nbd", "-t", "-e", "4", "-f", form, "-k", str(socket), str(path)])
+    try:
+        while not socket.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        yield f"nbd+unix:///?socket={socket}"
+    finally:
+        process.terminate()
+        process.wait()

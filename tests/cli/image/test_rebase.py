@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.cli.image.helpers import image, qemu_img
+from tests.cli.image.helpers import Ran, image, interrupted, marked, qemu_img
 from tests.support import images
 from tests.support.images import needs_qemu
 
@@ -113,3 +114,16 @@ def test_refusals_are_qemu_imgs_and_change_nothing(tmp_path: Path, monkeypatch: 
             assert first.rpartition(": ")[2].rstrip(".") in ours.err, arguments
         assert "Traceback" not in ours.err
     assert path.read_bytes() == before
+
+
+def test_interrupted(tmp_path: Path) -> None:
+    old, new, top, before = (tmp_path / name for name in ("old", "new", "top", "before"))
+    marked(old)
+    images.create(new, 12 << 20, fmt="raw")
+    images.create(top, 12 << 20, fmt="qcow2", backing=("old", "raw"))
+    images.run("qemu-img", "convert", "-O", "raw", top, before)
+    assert interrupted("rebase", "-b", "new", "-F", "raw", top) == Ran(130, "", "")
+    assert qemu_img("info", "--output", "json", top).json()["backing-filename"] == "old"
+    assert sorted(os.listdir(tmp_path)) == ["before", "new", "old", "top"]
+    images.run("qemu-img", "compare", before, top)
+    images.run("qemu-img", "check", "-q", top)
