@@ -8,7 +8,8 @@ stretches of the disk as fill a buffer: while one request is written, the next i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -31,12 +32,16 @@ _LARGEST_UNIT: Final = 64 * KIB
 class Source(Protocol):
     """What can be copied from: a node, or a filter on one."""
 
+    path: str
+
     async def read_all(self, ranges: Ranges) -> None:
         """As ``Node.read_all``."""
 
 
 class Target(Protocol):
     """What can be copied to."""
+
+    path: str
 
     async def write_all(self, ranges: Ranges) -> None:
         """As ``Node.write_all``."""
@@ -92,6 +97,17 @@ def unit_for(granularity: int, sparse: int) -> int:
     """
     smallest = min(4 * KIB, 1 << max(sparse, SECTOR_SIZE).bit_length() - 1)
     return max(smallest, min(granularity, _LARGEST_UNIT))
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """The kernel's errors name no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror and error.filename is None:
+            error.filename = path
+        raise
 
 
 class _Stopped:
@@ -219,7 +235,8 @@ class Copy:
                 await before.wait()
             if not self._options.sequential:
                 begun.set()
-            await self._target.zero(offset + self._shift, length, unmap=self._options.unmap)
+            with _naming(self._target.path):
+                await self._target.zero(offset + self._shift, length, unmap=self._options.unmap)
         finally:
             begun.set()
         self._done(length)
@@ -246,7 +263,8 @@ class Copy:
             async with self._writers:
                 if not self._options.sequential:
                     begun.set()
-                await self._write(ranges)
+                with _naming(self._target.path):
+                    await self._write(ranges)
         finally:
             begun.set()
             self._spare.append(buffer)
@@ -254,7 +272,8 @@ class Copy:
 
     async def _read(self, ranges: list[tuple[int, memoryview]]) -> None:
         try:
-            await self._source.read_all(ranges)
+            with _naming(self._source.path):
+                await self._source.read_all(ranges)
         except (OSError, RequestError) as error:
             if self._options.skip_errors is None:
                 raise

@@ -18,6 +18,8 @@ SIZE = 3 * CHUNK + 12345
 class Disk:
     """Source and target in memory, which lets others go first, and counts."""
 
+    path = "disk"
+
     def __init__(self, content: bytes) -> None:
         self.content = bytearray(content)
         self.calls: list[tuple[str, int, int]] = []
@@ -129,8 +131,9 @@ async def test_compressed() -> None:
 @pytest.mark.parametrize("side", ["source", "target"])
 async def test_the_first_error_ends_it(side: str) -> None:
     source, target = Disk(noise()), Disk(bytes(SIZE))
+    source.path, target.path = "source", "target"
     (source if side == "source" else target).broken.add(5)
-    with pytest.raises(OSError, match=f"{'read' if side == 'source' else 'write'} went wrong"):
+    with pytest.raises(OSError, match=f"{'read' if side == 'source' else 'write'} went wrong: '{side}'"):
         await Copy(source, target, CopyOptions(requests=2)).run(given((0, SIZE, What.DATA)))
     assert source.in_flight == target.in_flight == 0
     assert len(target.calls) < 4

@@ -224,7 +224,8 @@ def _sparse(text: str) -> int:
 
 
 def _warn(offset: int, length: int, error: Exception) -> None:
-    print(f"nbdserve: warning: error while reading offset {offset}: {error}", file=sys.stderr)
+    reason = (isinstance(error, OSError) and error.strerror) or error
+    print(f"nbdserve: warning: error while reading offset {offset}: {reason}", file=sys.stderr)
 
 
 async def _convert(request: _Request) -> None:

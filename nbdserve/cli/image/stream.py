@@ -12,6 +12,8 @@ from nbdserve.buffers import ZEROES
 class StreamTarget:
     """Writes what has come so far as soon as everything before it has been written."""
 
+    path = "standard output"
+
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._position = 0

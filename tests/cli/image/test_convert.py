@@ -330,7 +330,7 @@ def test_what_cannot_be_read_becomes_zeroes(tmp_path: Path, monkeypatch: pytest.
     assert (ran.code, "Input/output error" in ran.err) == (1, True)
     ran = image(monkeypatch, "convert", "--salvage", "-f", "raw", made, tmp_path / "target")
     assert ran.code == 0
-    assert ran.err == "nbdserve: warning: error while reading offset 69632: [Errno 5] Input/output error\n"
+    assert ran.err == "nbdserve: warning: error while reading offset 69632: Input/output error\n"
     content[69632:70144] = bytes(512)
     assert (tmp_path / "target").read_bytes() == content
 
@@ -394,7 +394,7 @@ def test_interrupted(tmp_path: Path, target: str) -> None:
     assert made.read_bytes() == before
 
 
-@pytest.mark.parametrize("target", ["raw", "qcow2"])
+@pytest.mark.parametrize("target", ["qed", "qcow2"])
 def test_a_full_disk(tmp_path: Path, target: str) -> None:
     """The kernel refuses to let the file grow past a limit, in the middle of the copy."""
     made = marked(tmp_path / "source")
@@ -415,7 +415,7 @@ def test_a_full_disk(tmp_path: Path, target: str) -> None:
     ]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1)
-    assert "File too large" in ran.stderr
+    assert ran.stderr.endswith("/new: File too large\n")
     assert os.listdir(tmp_path) == ["source"]
 
 
