@@ -126,14 +126,14 @@ async def open_alone(
 ) -> FormatDriver:
     """One layer by itself, for looking at its metadata: the driver is read-only, also where ``storage`` is not.
 
-    No guest byte can be read: its backing file stays closed, so does what holds nothing but guest data, unless it is
-    part of what is ``to_check``; and no secret is needed. A failed open closes ``storage``.
+    No guest byte can be read: its backing file stays closed, so does what holds nothing but guest data, unless the
+    image is opened ``to_check`` it, without which it is not whole; and no secret is needed. A failed open closes
+    ``storage``.
     """
     roots = roots or image_roots(storage.path)
     async with AsyncExitStack() as files:
         files.push_async_callback(storage.close)
         driver = driver_for(name, storage.path)
-        every_file = to_check and driver.checks_every_file
         options: dict[str, Any] = {"has_backing": True, "metadata_only": True}
         options["companions"] = await _open_companions(
             driver,
@@ -142,10 +142,10 @@ async def open_alone(
             files,
             read_only=storage.read_only,
             force_share=force_share,
-            metadata_only=not every_file,
+            metadata_only=not to_check,
         )
         layer = await driver.open(storage, options, read_only=True)
-        if every_file and layer.backing is not None:
+        if to_check and layer.backing is not None and layer.can("see_backing"):
             _show_backing(layer, layer.backing.name, roots)
         files.pop_all()
     return layer

@@ -148,8 +148,6 @@ class FormatDriver(ABC):
     keeps_companions: ClassVar[bool] = False
     """``create`` leaves what its companions hold: those that are there have the size of the disk."""
 
-    checks_every_file: ClassVar[bool] = False
-    """``check`` judges the companions with guest data too, and is told of the backing file (``see_backing``)."""
     zeroes_with_rest: ClassVar[bool] = False
     """A part of a unit is zeroed in the mapping, with the rest of the unit, where that reads as zeroes already."""
     needs_open_backing: ClassVar[bool] = False
@@ -213,7 +211,7 @@ class FormatDriver(ABC):
     def see_backing(self, changed_at: float | None, problem: str) -> None:
         """Before a ``check``: when the backing file was last changed, seconds since 1970, or why it cannot be opened.
 
-        Called where ``checks_every_file``, and there is a backing file.
+        Called where the driver defines it, and there is a backing file.
         """
 
     # --- making one ----------------------------------------------------------------------------------------------

@@ -114,10 +114,9 @@ async def open_layer(
     force_share: bool = False,
     to_check: bool = False,
 ) -> FormatDriver:
-    """One image by itself: neither its backing file nor what holds guest data alone is opened.
+    """One image by itself; its backing file stays closed, and, unless it is ``to_check``, what holds only guest data.
 
-    The driver is read-only in any case; ``writable`` opens the files for a repair; what is ``to_check`` may be more
-    files than the rest of the metadata needs. ``close`` it.
+    The driver is read-only in any case; ``writable`` opens the files for a repair. ``close`` it.
     """
     spec = image_from_filename(path, ImageSpec(path, force_share=force_share))
     if spec.file is not None:

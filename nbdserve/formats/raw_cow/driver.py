@@ -46,7 +46,6 @@ class RawCowDriver(FormatDriver):
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
     backing_formats: ClassVar[tuple[str, ...] | None] = None
     keeps_companions: ClassVar[bool] = True
-    checks_every_file: ClassVar[bool] = True
     takes_data_file: ClassVar[bool] = True
 
     def __init__(

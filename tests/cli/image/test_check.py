@@ -57,3 +57,19 @@ def test_quiet_prints_nothing_about_a_good_image(tmp_path: Path, monkeypatch: py
     assert image(monkeypatch, "create", "-q", "-f", "qcow2", tmp_path / "i", "1M").code == 0
     ours = image(monkeypatch, "check", "-q", tmp_path / "i")
     assert (ours.code, ours.out, ours.err) == (0, "", "")
+
+
+@needs_qemu
+def test_an_image_without_its_data_file_is_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    qemu_img("create", "-q", "-f", "qcow2", "-o", "data_file=data", "a.qcow2", "1M", cwd=tmp_path)
+    assert image(monkeypatch, "check", "a.qcow2").code == 0
+    Path("data").unlink()
+    for options in ([], ["-r", "all"]):
+        ours = image(monkeypatch, "check", *options, "a.qcow2")
+        theirs = qemu_img("check", *options, "a.qcow2", cwd=tmp_path)
+        assert ours.code == theirs.code == 1
+        assert "data" in ours.err
+        assert "No such file or directory" in ours.err
+    assert image(monkeypatch, "info", "a.qcow2").code == 0
+    assert not Path("data").exists()
