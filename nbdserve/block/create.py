@@ -12,6 +12,7 @@ from typing import Final
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
+from nbdserve.formats.create_options import parse_boolean
 from nbdserve.storage.file import FileStorage, sync_parent
 
 _FS_IOC_GETFLAGS: Final = 0x80086601
@@ -35,7 +36,7 @@ async def create_files(
     ImageError; ConfigError, with nothing changed, for a file that is to be kept and has not the size of the disk.
     """
     made = _missing(paths)
-    if options.get("nocow") in ("on", "yes", "true", "y"):
+    if parse_boolean(options, "nocow"):
         for path in paths:
             _turn_off_cow(path)
     storages: dict[str, FileStorage] = {}

@@ -7,12 +7,12 @@ from typing import Final
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import CreateOption
+from nbdserve.formats.create_options import parse_backing
 from nbdserve.formats.qcow.layout import MAX_L1_BYTES, Header
 from nbdserve.formats.two_level.create import (
     NOCOW,
     PREALLOCATION,
     SIZE,
-    parse_backing,
     parse_preallocation,
     write_empty,
 )

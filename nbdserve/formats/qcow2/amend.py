@@ -11,11 +11,12 @@ from typing import Final
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import BackingReference
+from nbdserve.formats.create_options import BOOLEANS
 from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.backing import header_with
 from nbdserve.formats.qcow2.check_analysis import read_header
 from nbdserve.formats.qcow2.commit import HeaderSector
-from nbdserve.formats.qcow2.create import BOOLEANS, CREATE_OPTIONS, FEATURE_NAMES_MIN_CLUSTER_BITS, VERSIONS
+from nbdserve.formats.qcow2.create import CREATE_OPTIONS, FEATURE_NAMES_MIN_CLUSTER_BITS, VERSIONS
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.header_change import change_header
 from nbdserve.formats.qcow2.rewrite import read_state, replace_tables

@@ -14,6 +14,7 @@ import numpy as np
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import CreateOption
+from nbdserve.formats.create_options import parse_boolean
 from nbdserve.formats.luks.create import VOLUME_OPTIONS, VolumeOptions, new_volume, parse_volume_options, passphrase
 from nbdserve.formats.luks.layout import slot_offsets
 from nbdserve.formats.qcow2 import layout
@@ -173,18 +174,7 @@ class Options:
     """LUKS."""
 
 
-BOOLEANS: Final = {
-    **dict.fromkeys(("on", "yes", "true", "y"), True),
-    **dict.fromkeys(("off", "no", "false", "n"), False),
-}
 VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
-
-
-def _boolean(options: Mapping[str, str], name: str) -> bool:
-    value = options.get(name, "off")
-    if value not in BOOLEANS:
-        raise ConfigError(f"{name}={value}: expects on or off")
-    return BOOLEANS[value]
 
 
 def _choice(options: Mapping[str, str], name: str, default: str, choices: Mapping[str, Any] | tuple[str, ...]) -> str:
@@ -217,17 +207,17 @@ def parse_options(options: Mapping[str, str]) -> Options:
         version=version,
         cluster_bits=cluster_size.bit_length() - 1,
         refcount_order=int(bits).bit_length() - 1,
-        lazy_refcounts=_boolean(options, "lazy_refcounts"),
-        extended_l2=_boolean(options, "extended_l2"),
+        lazy_refcounts=parse_boolean(options, "lazy_refcounts"),
+        extended_l2=parse_boolean(options, "extended_l2"),
         backing_file=options.get("backing_file") or None,
         backing_format=options.get("backing_fmt") or None,
         data_file=options.get("data_file") or None,
-        data_file_raw=_boolean(options, "data_file_raw"),
+        data_file_raw=parse_boolean(options, "data_file_raw"),
         compression_type=("zlib", "zstd").index(_choice(options, "compression_type", "zlib", ("zlib", "zstd"))),
         preallocation=_choice(options, "preallocation", "off", ("off", "metadata", "falloc", "full")),
         encryption=parse_encryption(options),
     )
-    _boolean(options, "nocow")
+    parse_boolean(options, "nocow")
     _check_together(parsed)
     return parsed
 
@@ -236,7 +226,7 @@ def parse_encryption(options: Mapping[str, str]) -> VolumeOptions | None:
     """The options ``encrypt.*``; None where nothing is to be encrypted. ConfigError for a bad one."""
     prefix = "encrypt."
     chosen = {name.removeprefix(prefix): value for name, value in options.items() if name.startswith(prefix)}
-    if _boolean(options, "encryption") or chosen.get("format") == "aes":
+    if parse_boolean(options, "encryption") or chosen.get("format") == "aes":
         raise ConfigError("new images are not encrypted with 'aes', which is insecure: use encrypt.format=luks")
     if not chosen:
         return None

@@ -8,13 +8,13 @@ from typing import Final
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import CreateOption
+from nbdserve.formats.create_options import parse_backing
 from nbdserve.formats.qed import layout
 from nbdserve.formats.qed.layout import Header
 from nbdserve.formats.two_level.create import (
     NOCOW,
     PREALLOCATION,
     SIZE,
-    parse_backing,
     parse_preallocation,
     write_empty,
 )

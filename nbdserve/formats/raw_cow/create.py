@@ -9,6 +9,7 @@ from typing import Final
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import CreateOption, FormatDriver
+from nbdserve.formats.create_options import parse_backing
 from nbdserve.formats.raw_cow.layout import (
     HEADER_SIZE,
     MAX_BITMAP_BYTES,
@@ -33,14 +34,10 @@ CREATE_OPTIONS: Final = (
 
 def plan_header(size: int, options: Mapping[str, str]) -> Header:
     """The header an image with these options gets; ``size`` is rounded up to whole sectors. ConfigError."""
-    raw_file, backing_file = options.get("raw_file"), options.get("backing_file") or None
-    backing_format = options.get("backing_fmt") or None
+    raw_file = options.get("raw_file")
     if not raw_file:
         raise ConfigError("raw-cow images need raw_file, the name of the raw image that takes the writes")
-    if backing_file is not None and backing_format is None:
-        raise ConfigError("backing_file needs backing_fmt: a backing format is never guessed")
-    if backing_file is None and backing_format is not None:
-        raise ConfigError("backing_fmt needs backing_file")
+    backing_file, backing_format = parse_backing(options) or (None, None)
     try:
         cluster_size = parse_size(options.get("cluster_size", "65536"))
     except ValueError as error:

@@ -22,18 +22,6 @@ def parse_preallocation(options: Mapping[str, str]) -> str:
     return preallocation
 
 
-def parse_backing(options: Mapping[str, str]) -> tuple[str, str] | None:
-    """Name and format of the backing file; None without one. ConfigError when one is given without the other."""
-    name, fmt = options.get("backing_file") or None, options.get("backing_fmt") or None
-    if name is not None and fmt is not None:
-        return name, fmt
-    if name is not None:
-        raise ConfigError("backing_file needs backing_fmt: a backing format is never guessed")
-    if fmt is not None:
-        raise ConfigError("backing_fmt needs backing_file")
-    return None
-
-
 async def write_empty(storage: Storage, header: bytes, end: int, preallocation: str) -> None:
     """Make ``storage`` the ``header`` and zeroes up to ``end``; what it held is lost.
 

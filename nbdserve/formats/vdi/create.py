@@ -11,6 +11,7 @@ import numpy as np
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import CreateOption
+from nbdserve.formats.create_options import parse_boolean
 from nbdserve.formats.flat_map import PAGE_WORDS
 from nbdserve.formats.vdi import layout
 from nbdserve.formats.vdi.layout import FREE, Header
@@ -22,30 +23,18 @@ CREATE_OPTIONS: Final = (
     CreateOption("size", "Virtual disk size"),
     CreateOption("static", "VDI static (pre-allocated) image", "off"),
 )
-_SWITCH: Final = {
-    "on": True,
-    "yes": True,
-    "true": True,
-    "y": True,
-    "off": False,
-    "no": False,
-    "false": False,
-    "n": False,
-}
 
 
 def plan_header(size: int, options: Mapping[str, str]) -> Header:
     """The header an image with these options gets, with fresh UUIDs. ConfigError."""
-    static = options.get("static", "off")
-    if static not in _SWITCH:
-        raise ConfigError(f"static={static}: must be on or off")
+    static = parse_boolean(options, "static")
     parent = options.get("backing_file")
-    if parent and _SWITCH[static]:
-        raise ConfigError(f"static={static}: a differencing image is dynamic")
+    if parent and static:
+        raise ConfigError(f"static={options['static']}: a differencing image is dynamic")
     if parent and options.get("backing_fmt") != "vdi":
         raise ConfigError(f"backing_fmt={options.get('backing_fmt')}: the parent of a VDI image is one too (vdi)")
     try:
-        header = layout.plan(size, static=_SWITCH[static])
+        header = layout.plan(size, static=static)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     kind = layout.TYPE_DIFFERENCING if parent else header.type

@@ -11,6 +11,7 @@ import numpy as np
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import CreateOption
+from nbdserve.formats.create_options import parse_boolean
 from nbdserve.formats.vhdx import layout
 from nbdserve.formats.vhdx.layout import FULLY_PRESENT, NO_GUID, Header, Parameters, Region
 from nbdserve.formats.vhdx.layout import ZERO as ZERO_STATE
@@ -42,10 +43,6 @@ CREATE_OPTIONS: Final = (
         "on",
     ),
 )
-_BOOLEANS: Final = {
-    **dict.fromkeys(("on", "yes", "true", "y"), True),
-    **dict.fromkeys(("off", "no", "false", "n"), False),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +82,7 @@ def plan_image(size: int, options: Mapping[str, str]) -> Plan:
         raise ConfigError(f"subformat={subformat}: a differencing image has a backing_file, and no other has")
     if backing_file is not None and options.get("backing_fmt") != "vhdx":
         raise ConfigError(f"backing_fmt={options.get('backing_fmt')}: the parent of a VHDX image is a VHDX image")
-    zero_state = options.get("block_state_zero", "on")
-    if zero_state not in _BOOLEANS:
-        raise ConfigError(f"block_state_zero={zero_state}: expects on or off")
+    zero_state = parse_boolean(options, "block_state_zero", "on")
     parameters = Parameters(
         size=size,
         block_size=_block_size(options, size, differencing=backing_file is not None),
@@ -96,7 +91,7 @@ def plan_image(size: int, options: Mapping[str, str]) -> Plan:
     )
     if backing_file is not None:
         locator_for(backing_file, NO_GUID)
-    return _place(parameters, _log_size(options), backing_file, zero_state=_BOOLEANS[zero_state])
+    return _place(parameters, _log_size(options), backing_file, zero_state=zero_state)
 
 
 def _place(parameters: Parameters, log_size: int, backing_file: str | None, *, zero_state: bool) -> Plan:

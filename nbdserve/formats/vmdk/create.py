@@ -16,6 +16,7 @@ import numpy as np
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import CreateOption
+from nbdserve.formats.create_options import parse_boolean
 from nbdserve.formats.vmdk import layout
 from nbdserve.formats.vmdk.descriptor import MAX_EXTENTS, NO_PARENT, ExtentLine, build_descriptor
 from nbdserve.storage.base import Storage
@@ -95,7 +96,7 @@ def parse_options(size: int, options: Mapping[str, str]) -> Options:
         adapter_type=_choice(options, "adapter_type", ADAPTERS),
         hw_version=_hw_version(options),
         tools_version=options.get("toolsversion", "2147483647"),
-        zeroed_grain=_switch(options, "zeroed_grain"),
+        zeroed_grain=parse_boolean(options, "zeroed_grain"),
         backing_file=options.get("backing_file"),
         preallocation=_choice(options, "preallocation", ("off", "falloc", "full")),
     )
@@ -136,15 +137,8 @@ def _choice(options: Mapping[str, str], name: str, values: Sequence[str]) -> str
     return value
 
 
-def _switch(options: Mapping[str, str], name: str) -> bool:
-    value = options.get(name, "off")
-    if value not in ("on", "yes", "true", "y", "off", "no", "false", "n"):
-        raise ConfigError(f"{name}={value}: use on or off")
-    return value in ("on", "yes", "true", "y")
-
-
 def _hw_version(options: Mapping[str, str]) -> str:
-    if _switch(options, "compat6"):
+    if parse_boolean(options, "compat6"):
         if "hwversion" in options:
             raise ConfigError("compat6 cannot be enabled with hwversion set")
         return "6"

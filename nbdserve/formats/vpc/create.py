@@ -11,6 +11,7 @@ from typing import Final
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import CreateOption
+from nbdserve.formats.create_options import parse_boolean
 from nbdserve.formats.vpc import layout
 from nbdserve.formats.vpc.geometry import fitting_geometry, image_size
 from nbdserve.formats.vpc.layout import DynamicHeader, Footer
@@ -32,10 +33,6 @@ CREATE_OPTIONS: Final = (
     CreateOption("size", "Virtual disk size"),
     CreateOption("subformat", "Type of image {dynamic, fixed, differencing}", "dynamic"),
 )
-_BOOLEANS: Final = {
-    **dict.fromkeys(("on", "yes", "true", "y"), True),
-    **dict.fromkeys(("off", "no", "false", "n"), False),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +57,12 @@ def plan_image(size: int, options: Mapping[str, str]) -> Plan:
             raise ConfigError(f"unknown vpc option {name!r}: `-o help` lists the options there are")
     parent = options.get("backing_file") or None
     subformat = _subformat(options, parent)
-    force = options.get("force_size", "off")
-    if force not in _BOOLEANS:
-        raise ConfigError(f"force_size={force}: expects on or off")
+    force = parse_boolean(options, "force_size")
     if subformat == layout.DIFFERENCING:
         # The size is that of the parent, whatever its geometry says.
         exact_size, geometry = image_size(size, exact=True)[0], fitting_geometry(size)
     else:
-        exact_size, geometry = image_size(size, exact=_BOOLEANS[force])
+        exact_size, geometry = image_size(size, exact=force)
     footer = Footer(
         disk_type=subformat,
         data_offset=layout.NO_OFFSET if subformat == layout.FIXED else HEADER_OFFSET,
@@ -77,7 +72,7 @@ def plan_image(size: int, options: Mapping[str, str]) -> Plan:
         heads=geometry[1],
         sectors_per_track=geometry[2],
         uuid=bytes(16),
-        creator_app=b"qem2" if _BOOLEANS[force] or subformat == layout.DIFFERENCING else b"qemu",
+        creator_app=b"qem2" if force or subformat == layout.DIFFERENCING else b"qemu",
     )
     if subformat == layout.FIXED:
         if "block_size" in options:

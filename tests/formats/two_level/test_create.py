@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nbdserve.errors import ConfigError
-from nbdserve.formats.two_level.create import parse_backing, parse_preallocation, write_empty
+from nbdserve.formats.two_level.create import parse_preallocation, write_empty
 from tests.support.recording import ByteStorage
 
 
@@ -13,16 +13,6 @@ def test_preallocation() -> None:
     assert [parse_preallocation(options) for options in ({}, {"preallocation": "full"})] == ["off", "full"]
     with pytest.raises(ConfigError, match="preallocation=metadata: expects one of off, falloc, full"):
         parse_preallocation({"preallocation": "metadata"})
-
-
-def test_a_backing_file_and_its_format_come_together() -> None:
-    assert parse_backing({}) is None
-    assert parse_backing({"backing_file": "", "backing_fmt": ""}) is None
-    assert parse_backing({"backing_file": "base", "backing_fmt": "raw"}) == ("base", "raw")
-    with pytest.raises(ConfigError, match="backing_file needs backing_fmt"):
-        parse_backing({"backing_file": "base"})
-    with pytest.raises(ConfigError, match="backing_fmt needs backing_file"):
-        parse_backing({"backing_fmt": "raw"})
 
 
 class Device(ByteStorage):
