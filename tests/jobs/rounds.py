@@ -7,6 +7,8 @@ import contextlib
 import random
 import shutil
 import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from nbdserve.block.forms import READ_DATA, READ_ZERO
@@ -14,10 +16,11 @@ from nbdserve.block.graph import open_image
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
 from nbdserve.block.writer import WRITE_DONE, WRITE_WAIT
-from nbdserve.errors import JobError
+from nbdserve.errors import ConfigError, JobError, RequestError
 from nbdserve.jobs.backup import Backup
 from nbdserve.jobs.commit import ActiveCommit, Commit
 from nbdserve.jobs.job import Job
+from nbdserve.jobs.live_copy import GRANULARITY
 from nbdserve.jobs.mirror import Mirror
 from nbdserve.jobs.snapshot import create_overlay, snapshot
 from nbdserve.jobs.status import JobStatus
@@ -29,9 +32,23 @@ SIZE = 4 * MIB
 STRIPE = 16 * KIB
 """Clients write where no other does, but in clusters that others write to."""
 CLIENTS = 3
-KINDS = ("active commit", "commit", "stream", "stream to base", "mirror", "mirror top", "backup", "snapshot")
+KINDS = (
+    "active commit",
+    "commit",
+    "stream",
+    "stream to base",
+    "mirror",
+    "mirror top",
+    "mirror none",
+    "backup",
+    "snapshot",
+    "resize",
+)
 TOPS = (("qcow2", ""), ("qcow2", "cluster_size=4096"), ("qed", ""), ("qcow2", "extended_l2=on,cluster_size=128k"))
 BASES = (*TOPS, ("raw", ""), ("qcow2", "compat=0.10"), ("vdi", ""), ("parallels", ""))
+UNCHECKED = ("raw", "qcow")
+"""``qemu-img check`` does not know how."""
+RESIZED = (*BASES, ("vhdx", ""), ("qcow", ""))
 
 
 class LiveFailure(AssertionError):
@@ -63,11 +80,20 @@ class Disk:
             await self.node.write(offset, data)
         elif outcome != WRITE_DONE and (error := await taken) is not None:
             raise error
-        self.content[offset : offset + len(data)] = data
+        self._changed(offset, data)
 
     async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
         await self.node.zero(offset, length, unmap=unmap)
-        self.content[offset : offset + length] = bytes(length)
+        self._changed(offset, bytes(length))
+
+    def _changed(self, offset: int, data: bytes) -> None:
+        inside = data[: max(0, len(self.content) - offset)]  # the disk may have become smaller since
+        self.content[offset : offset + len(inside)] = inside
+
+    async def resize(self, size: int) -> None:
+        await self.node.resize(size)
+        del self.content[size:]
+        self.content.extend(bytes(size - len(self.content)))
 
     async def verify(self) -> None:
         for offset in range(0, self.node.size, MIB):
@@ -83,18 +109,26 @@ async def client(disk: Disk, number: int, rng: random.Random, stop: asyncio.Even
         start = rng.choice(stripes)
         offset = start + rng.randrange(STRIPE // 512) * 512
         length = rng.randrange(512, start + STRIPE - offset + 1, 512) if start + STRIPE - offset > 512 else 512
-        what = rng.random()
-        if what < 0.5:
-            await disk.write(offset, rng.randbytes(4) * (length // 4))
-        elif what < 0.6:
-            await disk.zero(offset, length, unmap=rng.random() < 0.5)
-        elif what < 0.65:
-            await disk.node.flush()
-        else:
-            await disk.read(offset, length)
+        try:
+            await _request(disk, rng, offset, length)
+        except RequestError:
+            if offset + length <= len(disk.content):
+                raise
         done += 1
         await asyncio.sleep(rng.choice((0, 0, 0.001)))
     return done
+
+
+async def _request(disk: Disk, rng: random.Random, offset: int, length: int) -> None:
+    what = rng.random()
+    if what < 0.5:
+        await disk.write(offset, rng.randbytes(4) * (length // 4))
+    elif what < 0.6:
+        await disk.zero(offset, length, unmap=rng.random() < 0.5)
+    elif what < 0.65:
+        await disk.node.flush()
+    else:
+        await disk.read(offset, length)
 
 
 async def _fill(node: Node, rng: random.Random, content: bytearray) -> None:
@@ -121,10 +155,13 @@ class Round:
         self.files: list[tuple[Path, str]] = []
         self.content = bytearray()
         self.moment = b""
+        self.requests = 0
 
     async def run(self) -> str:
         content = bytearray(SIZE)
         shapes = [self.rng.choice(BASES), *(self.rng.choice(TOPS) for _ in range(self.rng.randrange(2, 4)))]
+        if self.kind == "resize" and self.rng.random() < 0.5:
+            shapes = [self.rng.choice(RESIZED)]
         backing = None
         for number, (fmt, options) in enumerate(shapes):
             path = self.folder / f"layer{number}.{fmt}"
@@ -136,24 +173,11 @@ class Round:
         disk = Disk(node)
         disk.content = self.content = content
         self.step = "job"
-        if self.kind == "snapshot":
-            return await self._snapshots(disk)
+        if self.kind in ("snapshot", "resize"):
+            return await self._without_job(disk)
         job, target = await self._job(node)
-        stop = asyncio.Event()
-        clients = [
-            asyncio.create_task(client(disk, number, random.Random(self.rng.random()), stop))
-            for number in range(CLIENTS)
-        ]
-        try:
+        async with self._clients(disk):
             end = await self._end(job)
-            failed = [task for task in clients if task.done()]
-        finally:
-            stop.set()
-            results = await asyncio.gather(*clients, return_exceptions=True)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        assert not failed
         self.step = f"after {end}"
         if end not in ("cancelled", "soft") and job.error is not None:
             raise job.error
@@ -164,46 +188,74 @@ class Round:
         self.step = f"stock after {end}"
         if isinstance(job, Backup) and target and end == "complete":
             assert images.raw_content(*target, self.folder) == self.moment, "the backup is not of the moment"
+        if self.kind == "mirror none" and target and end == "soft":
+            self._judge_none(images.raw_content(*target, self.folder))
         for path, fmt in [*self.files, *([target] if target and end in ("complete", "soft") else [])]:
-            if path.exists() and fmt not in ("raw",):
-                with contextlib.suppress(ValueError):
-                    images.check(path, fmt, leaks_allowed=True)
+            if fmt not in UNCHECKED:
+                images.check(path, fmt, leaks_allowed=True)
         assert images.raw_content(result_path, result_format, self.folder) == disk.content
-        return f"{self.kind}: {end}, {sum(results)} requests"  # type: ignore[arg-type]
+        return f"{self.kind}: {end}, {self.requests} requests"
+
+    @asynccontextmanager
+    async def _clients(self, disk: Disk) -> AsyncIterator[None]:
+        """Clients are at work inside; an error of theirs is raised at the end."""
+        stop = asyncio.Event()
+        clients = [
+            asyncio.create_task(client(disk, number, random.Random(self.rng.random()), stop))
+            for number in range(CLIENTS)
+        ]
+        try:
+            yield
+            assert stop.is_set() or not any(task.done() for task in clients), [task for task in clients if task.done()]
+        finally:
+            stop.set()
+            results = await asyncio.gather(*clients, return_exceptions=True)
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+                self.requests += result
+
+    def _judge_none(self, found: bytes) -> None:
+        """What has changed since it was ready is in the target, and nothing wrong, by granules."""
+        for at in range(0, len(found), GRANULARITY):
+            was, now = (disk[at : at + GRANULARITY] for disk in (self.moment, self.content))
+            granule = found[at : at + GRANULARITY]
+            assert granule == now or (not any(granule) and was == now), f"the mirror at {at}"
 
     async def _open(self, path: Path, fmt: str) -> Node:
         """``path``, on the layers made so far without the last one."""
         below = self._formats(len(self.files) - 2)
         return await open_image(ImageSpec(str(path), fmt, discard="unmap", backing=below or "header"))
 
-    async def _snapshots(self, disk: Disk) -> str:
-        """Layers are put on top under clients; each of them then holds its own moment."""
-        stop = asyncio.Event()
-        clients = [
-            asyncio.create_task(client(disk, number, random.Random(self.rng.random()), stop))
-            for number in range(CLIENTS)
-        ]
+    async def _without_job(self, disk: Disk) -> str:
+        """What takes but a moment, several times under clients."""
         node = disk.node
-        try:
+        async with self._clients(disk):
             for number in range(self.rng.randrange(1, 4)):
                 await asyncio.sleep(self.rng.random() * 0.05)
-                path, fmt = self.folder / f"snapshot{number}.qcow2", self.rng.choice(("qcow2", "qed"))
-                overlay = await create_overlay(str(path.with_suffix(f".{fmt}")), fmt, node)
-                await snapshot([(node, overlay)])
-                self.files.append((Path(node.path), fmt))
+                if self.kind == "snapshot":
+                    await self._snapshot(node, number)
+                else:
+                    with contextlib.suppress(ConfigError):  # a format that does not shrink
+                        await disk.resize(self.rng.randrange(SIZE // 2, 2 * SIZE, 512))
             await asyncio.sleep(self.rng.random() * 0.05)
-        finally:
-            stop.set()
-            done = await asyncio.gather(*clients)
         await disk.verify()
         assert all(layer.read_only for layer in node.layers[1:])
         await node.close()
         self.step = "stock"
         for path, fmt in self.files:
-            if fmt != "raw":
+            if fmt not in UNCHECKED:
                 images.check(path, fmt, leaks_allowed=True)
         assert images.raw_content(*self.files[-1], self.folder) == disk.content
-        return f"{self.kind}: complete, {sum(done)} requests"
+        return f"{self.kind}: complete, {self.requests} requests"
+
+    async def _snapshot(self, node: Node, number: int) -> None:
+        """Put a layer on top, which then holds its own moment."""
+        fmt = self.rng.choice(("qcow2", "qed"))
+        path = self.folder / f"snapshot{number}.{fmt}"
+        overlay = await create_overlay(str(path), fmt, node)
+        await snapshot([(node, overlay)])
+        self.files.append((path, fmt))
 
     def _formats(self, index: int) -> ImageSpec | None:
         """The formats of the layers below, which QED does not say."""
@@ -230,7 +282,7 @@ class Round:
         target = await (self._open(path, fmt) if backing else open_image(ImageSpec(str(path), fmt, discard="unmap")))
         if self.kind == "backup":
             return Backup("job", node, target, target_is_zero=True, speed=speed), (path, fmt)
-        sync = "top" if backing else "full"
+        sync = "none" if self.kind == "mirror none" else "top" if backing else "full"
         return Mirror("job", node, target, sync=sync, target_is_zero=not backing, speed=speed), (path, fmt)
 
     async def _end(self, job: Job) -> str:
@@ -247,6 +299,8 @@ class Round:
         else:
             job.start()
         way = rng.choice(("complete", "complete", "complete", "cancelled", "soft", "pause"))
+        if self.kind == "mirror none" and way != "cancelled":
+            way = "soft"  # its target is no disk to go on with
         delay = rng.random() * rng.choice((0.02, 0.3))
         if way == "pause":
             await asyncio.sleep(delay)
@@ -266,6 +320,8 @@ class Round:
             if job.completes:
                 while job.status is not JobStatus.READY and not job.ended:
                     await asyncio.sleep(0.005)
+                if self.kind == "mirror none":
+                    self.moment = bytes(self.content)  # what follows is copied
                 await asyncio.sleep(rng.random() * 0.05)
                 if not job.ended:
                     (job.complete if way == "complete" else job.cancel)()
