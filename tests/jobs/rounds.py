@@ -155,6 +155,9 @@ class Round:
         self.files: list[tuple[Path, str]] = []
         self.content = bytearray()
         self.moment = b""
+        """The disk at the begin of a backup, or when a mirror was ready."""
+        self.final = b""
+        """The disk when the last of a mirror was copied."""
         self.requests = 0
 
     async def run(self) -> str:
@@ -188,8 +191,8 @@ class Round:
         self.step = f"stock after {end}"
         if isinstance(job, Backup) and target and end == "complete":
             assert images.raw_content(*target, self.folder) == self.moment, "the backup is not of the moment"
-        if self.kind == "mirror none" and target and end == "soft":
-            self._judge_none(images.raw_content(*target, self.folder))
+        if target and end == "soft":
+            self._judge_mirror(images.raw_content(*target, self.folder))
         for path, fmt in [*self.files, *([target] if target and end in ("complete", "soft") else [])]:
             if fmt not in UNCHECKED:
                 images.check(path, fmt, leaks_allowed=True)
@@ -215,12 +218,20 @@ class Round:
                     raise result
                 self.requests += result
 
-    def _judge_none(self, found: bytes) -> None:
-        """What has changed since it was ready is in the target, and nothing wrong, by granules."""
+    def _judge_mirror(self, found: bytes) -> None:
+        """Ended softly, the target is the disk of that moment; with sync=none what has changed before it was ready is
+        in it or not, by granules."""
         for at in range(0, len(found), GRANULARITY):
-            was, now = (disk[at : at + GRANULARITY] for disk in (self.moment, self.content))
+            ready, end = (disk[at : at + GRANULARITY] for disk in (self.moment, self.final))
             granule = found[at : at + GRANULARITY]
-            assert granule == now or (not any(granule) and was == now), f"the mirror at {at}"
+            untouched = self.kind == "mirror none" and ready == end and not any(granule)
+            assert granule == end or untouched, f"the mirror at {at}"
+
+    async def _settled_content(self) -> bytes:
+        """Of a drained disk, when clients whose request was the last one have noted what it was."""
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return bytes(self.content)
 
     async def _open(self, path: Path, fmt: str) -> Node:
         """``path``, on the layers made so far without the last one."""
@@ -282,6 +293,13 @@ class Round:
         target = await (self._open(path, fmt) if backing else open_image(ImageSpec(str(path), fmt, discard="unmap")))
         if self.kind == "backup":
             return Backup("job", node, target, target_is_zero=True, speed=speed), (path, fmt)
+        flush = target.flush
+
+        async def flush_at_the_end() -> None:
+            self.final = await self._settled_content()
+            await flush()
+
+        target.flush = flush_at_the_end  # type: ignore[method-assign]
         sync = "none" if self.kind == "mirror none" else "top" if backing else "full"
         return Mirror("job", node, target, sync=sync, target_is_zero=not backing, speed=speed), (path, fmt)
 
@@ -292,9 +310,7 @@ class Round:
         await asyncio.sleep(rng.random() * 0.02)
         if isinstance(job, Backup):
             async with job.node.drained():
-                for _ in range(5):  # clients whose request was the last one note what it was
-                    await asyncio.sleep(0)
-                self.moment = bytes(self.content)
+                self.moment = await self._settled_content()
                 job.start()
         else:
             job.start()
@@ -320,8 +336,7 @@ class Round:
             if job.completes:
                 while job.status is not JobStatus.READY and not job.ended:
                     await asyncio.sleep(0.005)
-                if self.kind == "mirror none":
-                    self.moment = bytes(self.content)  # what follows is copied
+                self.moment = bytes(self.content)
                 await asyncio.sleep(rng.random() * 0.05)
                 if not job.ended:
                     (job.complete if way == "complete" else job.cancel)()
