@@ -21,6 +21,7 @@ class JobSet:
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
         self._listeners: dict[Listener, None] = {}
+        self._closed = False
 
     def __iter__(self) -> Iterator[Job]:
         return iter(list(self._jobs.values()))
@@ -29,7 +30,9 @@ class JobSet:
         return len(self._jobs)
 
     def check_id(self, job_id: str) -> None:
-        """JobError when no new job may have this id: it is none, or it is taken."""
+        """JobError when no new job may have this id: it is none, or it is taken; and after ``close``."""
+        if self._closed:
+            raise JobError("The server ends, and begins no job any more")
         if not _ID.fullmatch(job_id):
             raise JobError(f"Invalid job ID '{job_id}'")
         if job_id in self._jobs:
@@ -63,7 +66,11 @@ class JobSet:
             listener(event)
 
     async def close(self) -> None:
-        """Cancel what has not committed yet, and wait until every job is over and has cleaned up."""
+        """Cancel what has not committed yet, and wait until every job is over and has cleaned up.
+
+        No other job is added from here on: the disks are closed next.
+        """
+        self._closed = True
         jobs = [job for job in self if job.status is not JobStatus.CONCLUDED]
         for job in jobs:
             job.force_cancel()

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -95,6 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", nargs="*", choices=kill_jobs.KINDS, help="while a job runs, of each or of these kinds"
     )
+    parser.add_argument("--terminate", action="store_true", help="with --jobs: SIGTERM, for a good end")
     parser.add_argument("--folder", type=Path, help="where the images are made (default: the temporary directory)")
     options = parser.parse_args(arguments)
     try:
@@ -102,7 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
             result = run(options.loops, options.seed, tuple(options.geometry or GEOMETRIES), options.folder)
         else:
             kinds = tuple(options.jobs or kill_jobs.KINDS)
-            result = kill_jobs.run(options.loops, options.seed, kinds, options.folder)
+            number = signal.SIGTERM if options.terminate else signal.SIGKILL
+            result = kill_jobs.run(options.loops, options.seed, kinds, options.folder, number=number)
     except KillFailure as failure:
         print(f"FAILED: {failure}")
         return 1

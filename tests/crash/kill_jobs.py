@@ -1,4 +1,4 @@
-"""A real server is killed with SIGKILL while a live job works on the disk that clients write to.
+"""A real server ends, by SIGKILL or SIGTERM, while a live job works on the disk that clients write to.
 
 The disk is whole through the chain as the headers say it: of the image that was on top, of the one that was to become
 it, or, between the command and the answer, of either of the two. And the job can be done again.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -176,7 +177,7 @@ class Scene:
         if "error" not in await admin.event("BLOCK_JOB_COMPLETED"):
             del self.tops[:-1]
 
-    async def judge(self, model: ModelDisk) -> None:
+    async def judge(self, model: ModelDisk, *, leaks_allowed: bool) -> None:
         """The disk is in one of the images that may have it, for stock tools, too, and the job can be done again."""
         problems = []
         for path, fmt in self.tops:
@@ -192,7 +193,7 @@ class Scene:
             raise KillFailure("; ".join(problems))
         unfinished = {other for other, _ in self.tops} - {path}
         for image in set(self.folder.glob("*.qcow2")) - unfinished:
-            images.check(image, leaks_allowed=True)
+            images.check(image, leaks_allowed=leaks_allowed)
         if images.raw_content(path, fmt, self.folder) != content:
             raise KillFailure(f"qemu-img reads {path.name} as something else")
         if (path, fmt) == self.layers[-1]:
@@ -229,8 +230,11 @@ class Scene:
         return None
 
 
-async def kill_once(kind: str, seed: int, folder: Path, result: Result) -> str:
-    """One disk, one job, one kill; how far the job had come. KillFailure when something is lost."""
+async def kill_once(kind: str, seed: int, folder: Path, result: Result, number: int = signal.SIGKILL) -> str:
+    """One disk, one job, one signal; how far the job had come. KillFailure when something is lost.
+
+    After SIGTERM that is every acknowledged write, and any leaked cluster.
+    """
     rng = random.Random(f"{kind}/{seed}")
     scene = Scene(kind, folder, rng)
     model = ModelDisk(SIZE, await scene.make())
@@ -238,10 +242,13 @@ async def kill_once(kind: str, seed: int, folder: Path, result: Result) -> str:
     victim = Victim(scene.tops[0][0], "qcow2", folder / "nbd.sock", "--admin", socket)
     try:
         try:
-            await load(victim, model, rng, result, delays=DELAYS, meanwhile=lambda: scene.run(socket))
+            await load(victim, model, rng, result, delays=DELAYS, meanwhile=lambda: scene.run(socket), number=number)
+            if number == signal.SIGTERM:
+                victim.end()
+                model.flushed(model.begin_flush())
         finally:
             victim.kill()
-        await scene.judge(model)
+        await scene.judge(model, leaks_allowed=number == signal.SIGKILL)
         if victim.complains:
             raise KillFailure("the server has met an error")
     except Exception as error:
@@ -251,14 +258,21 @@ async def kill_once(kind: str, seed: int, folder: Path, result: Result) -> str:
     return scene.step
 
 
-def run(loops: int, seed: int, kinds: tuple[str, ...] = KINDS, folder: Path | None = None) -> Result:
-    """``loops`` kills, shared out among the kinds."""
+def run(
+    loops: int,
+    seed: int,
+    kinds: tuple[str, ...] = KINDS,
+    folder: Path | None = None,
+    *,
+    number: int = signal.SIGKILL,
+) -> Result:
+    """``loops`` kills by signal ``number``, shared out among the kinds."""
     total, started = Result(), time.monotonic()
-    for number, kind in enumerate(kinds):
+    for index, kind in enumerate(kinds):
         steps: dict[str, int] = {}
-        for loop in range(loops // len(kinds) + (number < loops % len(kinds))):
+        for loop in range(loops // len(kinds) + (index < loops % len(kinds))):
             with tempfile.TemporaryDirectory(dir=folder) as directory:
-                step = asyncio.run(kill_once(kind, seed + loop, Path(directory), total))
+                step = asyncio.run(kill_once(kind, seed + loop, Path(directory), total, number))
             steps[step] = steps.get(step, 0) + 1
         total.geometries.add(kind)
         print(f"{kind}: " + ", ".join(f"{count} in {step}" for step, count in sorted(steps.items())), flush=True)

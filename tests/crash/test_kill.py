@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
+
+import pytest
 
 from tests.crash import kill_jobs
 from tests.crash.kill import GEOMETRIES, run
@@ -20,9 +23,10 @@ def test_every_promise_survives_kill_9(tmp_path: Path) -> None:
 
 
 @needs_qemu
-def test_a_job_under_way_breaks_no_promise(tmp_path: Path) -> None:
-    loops = int(os.environ.get("NBDSERVE_JOB_KILLS", "2"))
-    kinds = kill_jobs.KINDS if loops > 2 else ("active commit", "stream to base")
-    result = kill_jobs.run(loops, int(os.environ.get("NBDSERVE_SEED", "1")), kinds, tmp_path)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_end_of_a_server_in_the_middle_of_a_job(tmp_path: Path, number: signal.Signals) -> None:
+    loops = int(os.environ.get("NBDSERVE_JOB_KILLS", "1"))
+    kinds = kill_jobs.KINDS if loops > 1 else ("active commit",)
+    result = kill_jobs.run(loops, int(os.environ.get("NBDSERVE_SEED", "1")), kinds, tmp_path, number=number)
     assert result.loops == loops
     assert result.operations > loops

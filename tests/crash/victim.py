@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from tests.support.workload import Mix, Workload
 CONNECTIONS = 4
 SERVER = (sys.executable, "-c", "import sys; from nbdserve.cli.main import main; sys.exit(main())")
 START_SECONDS = 20.0
+STOP_SECONDS = 20.0
 
 
 class KillFailure(AssertionError):
@@ -60,6 +63,15 @@ class Victim:
                 return await Connections.connect(self.socket, CONNECTIONS)
             await asyncio.sleep(0.02)
 
+    def end(self) -> None:
+        """Wait for the end that SIGTERM asked for: soon, and well."""
+        try:
+            code = self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise KillFailure(f"it has not ended {STOP_SECONDS} s after SIGTERM") from None
+        if code:
+            raise KillFailure(f"SIGTERM ended it with exit code {code}")
+
     def kill(self) -> None:
         """SIGKILL, and wait for the end."""
         self.process.kill()
@@ -84,8 +96,9 @@ async def load(
     *,
     delays: Sequence[float] = (0.02, 0.1, 0.3, 0.6),
     meanwhile: Callable[[], Awaitable[None]] | None = None,
+    number: int = signal.SIGKILL,
 ) -> None:
-    """Work over several connections until the kill, which comes after about one of ``delays``, in seconds.
+    """Work over several connections until signal ``number``, which comes after about one of ``delays``, in seconds.
 
     ``meanwhile`` is run beside it, and ends when the server is gone.
     """
@@ -104,7 +117,7 @@ async def load(
         random.Random(rng.random()),
         mix=mix,
         note=acknowledged,
-        on_error=lambda error: killed and isinstance(error, ConnectionError),
+        on_error=lambda error: killed and isinstance(error, OSError) and _is_end(error),
     )
 
     async def execute() -> None:
@@ -112,7 +125,7 @@ async def load(
         await asyncio.sleep(rng.choice(delays) * (0.5 + rng.random()))
         killed = True
         workload.stop()
-        victim.process.kill()
+        victim.process.send_signal(number)
 
     tasks = [asyncio.create_task(execute())]
     if meanwhile is not None:
@@ -123,3 +136,7 @@ async def load(
         await asyncio.gather(*tasks)
         await disk.close()
     result.flushes += flushes
+
+
+def _is_end(error: OSError) -> bool:
+    return isinstance(error, ConnectionError) or error.errno == errno.ESHUTDOWN

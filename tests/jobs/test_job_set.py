@@ -82,3 +82,6 @@ async def test_closing_cancels_what_is_there() -> None:
     assert made["run"].calls == ["abort", "clean"]
     assert made["pend"].calls == ["run", "abort", "clean"]
     assert all(job.status in (JobStatus.CONCLUDED, JobStatus.NULL) for job in made.values())
+    with pytest.raises(JobError, match="The server ends"):
+        jobs.add(Scripted("late"))
+    assert "late" not in [job.id for job in jobs]
