@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from nbdserve.block.chain import NEEDS_TABLE, resolve
 from nbdserve.block.cow import fill_new, old_bytes, reads_zero
+from nbdserve.block.drain import uninterrupted
 from nbdserve.extents import UNALLOCATED, ZERO
 from nbdserve.formats.base import Allocation, RoomNeededError
 from nbdserve.units import MIB, align_down, align_up
@@ -77,12 +77,17 @@ async def _fill(node: Node, start: int, stop: int, kind: int) -> int:
         if done:
             return min(done, end - start)
     stop = min(stop, start + max(_LONGEST, top.granularity))
-    allocation = await fill_new(node, start, stop - start, partial(_write, node))
+    data = await old_bytes(node, start, stop)
+    # A write that is cut short leaks its space.
+    return min(await uninterrupted(_show(node, start, data)), end - start)
+
+
+async def _show(node: Node, start: int, data: bytearray) -> int:
+    """Put the start of ``data`` into new space; its length."""
+
+    async def fill(allocation: Allocation) -> None:
+        await node.data.write(allocation.host_offset, memoryview(data)[: allocation.length])
+
+    allocation = await fill_new(node, start, len(data), fill)
     node.changes += 1
-    return min(allocation.length, end - start)
-
-
-async def _write(node: Node, allocation: Allocation) -> None:
-    """What the range reads as."""
-    data = await old_bytes(node, allocation.offset, allocation.offset + allocation.length)
-    await node.data.write(allocation.host_offset, data)
+    return allocation.length

@@ -8,6 +8,7 @@ from typing import Final, Literal
 import numpy as np
 
 from nbdserve.bitmaps.bitmap import DirtyBitmap
+from nbdserve.block.drain import uninterrupted
 from nbdserve.block.node import Node
 from nbdserve.block.watchers import Watcher
 from nbdserve.block.window import map_node
@@ -45,10 +46,13 @@ class LiveCopy(Watcher):
         on_source_error: str = "report",
         on_target_error: str = "report",
         granularity: int = GRANULARITY,
+        cut_short: bool = True,
     ) -> None:
+        """``cut_short``: when the job is cancelled, so are writes to ``target``; space of an image is leaked then."""
         self._job = job
         self._source = source
         self._target = target
+        self._cut_short = cut_short
         self._on_error = {"read": on_source_error, "write": on_target_error}
         self.work = DirtyBitmap(None, size, granularity)
         self._running: dict[asyncio.Task[None], tuple[int, int]] = {}
@@ -180,9 +184,10 @@ class LiveCopy(Watcher):
             position = 0
             for is_zero, part in pieces:
                 if is_zero:
-                    await self._target.zero(offset + position, part)
+                    change = self._target.zero(offset + position, part)
                 else:
-                    await self._target.write(offset + position, data[position : position + part])
+                    change = self._target.write(offset + position, data[position : position + part])
+                await (change if self._cut_short else uninterrupted(change))
                 position += part
         except (OSError, RequestError) as error:
             if not self._job.failed_io(operation, error, self._on_error[operation]):

@@ -102,3 +102,25 @@ async def test_a_failure_gives_the_space_back(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.undo()
     assert _kind(node, 1) == UNALLOCATED
     assert await node.read(CLUSTER, CLUSTER) == b"m" * CLUSTER
+
+
+async def test_a_write_is_not_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its space would be counted, and nothing would refer to it."""
+    node = await _chain()
+    write, writing, go_on = node.data.write, asyncio.Event(), asyncio.Event()
+
+    async def slow(offset: int, data: memoryview) -> None:
+        writing.set()
+        await go_on.wait()
+        await write(offset, data)
+
+    monkeypatch.setattr(node.data, "write", slow)
+    filling = asyncio.create_task(populate(node, CLUSTER, CLUSTER, 3))
+    await writing.wait()
+    filling.cancel()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await filling
+    assert _kind(node, 1) == DATA
+    assert await node.read(CLUSTER, CLUSTER) == b"m" * CLUSTER
+    assert not node.is_stable

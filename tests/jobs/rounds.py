@@ -195,7 +195,7 @@ class Round:
             self._judge_mirror(images.raw_content(*target, self.folder))
         for path, fmt in [*self.files, *([target] if target and end in ("complete", "soft") else [])]:
             if fmt not in UNCHECKED:
-                images.check(path, fmt, leaks_allowed=True)
+                images.check(path, fmt)
         assert images.raw_content(result_path, result_format, self.folder) == disk.content
         return f"{self.kind}: {end}, {self.requests} requests"
 
@@ -256,7 +256,7 @@ class Round:
         self.step = "stock"
         for path, fmt in self.files:
             if fmt not in UNCHECKED:
-                images.check(path, fmt, leaks_allowed=True)
+                images.check(path, fmt)
         assert images.raw_content(*self.files[-1], self.folder) == disk.content
         return f"{self.kind}: complete, {self.requests} requests"
 
