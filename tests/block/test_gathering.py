@@ -123,7 +123,8 @@ async def test_long_writes_and_parts_of_sectors_go_the_nodes_way() -> None:
     assert disk.write(0, os.urandom(64 * KIB)) == WRITE_DONE
     assert disk.write(100 * KIB + 1, b"x") == WRITE_TAKEN
     disk.gathering.finish()
-    await asyncio.sleep(0.05)
+    while not disk.told:
+        await asyncio.sleep(0)
     assert disk.told == {100 * KIB + 1: None}
     assert disk.plain() == disk.content
     disk.driver.unallocated = True

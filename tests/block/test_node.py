@@ -175,10 +175,11 @@ async def test_closing_waits_for_the_requests_in_flight() -> None:
     lock = node.locks.shared(0, 512)
     assert node.locks.try_acquire(lock)
     closing = asyncio.create_task(node.close())
-    await asyncio.sleep(0.01)
+    for _ in range(20):
+        await asyncio.sleep(0)
     assert not closing.done()
     node.locks.release(lock)
-    await asyncio.wait_for(closing, 1)
+    await asyncio.wait_for(closing, 10)
 
 
 class Flushes(MemoryStorage):

@@ -24,6 +24,7 @@ class Trips(MemoryStorage):
         self.trips: list[list[tuple[int, int]]] = []
         self.go = asyncio.Event()
         self.go.set()
+        self.begun = asyncio.Event()
         self.bad: set[int] = set()
         """Offsets that cannot be written."""
 
@@ -35,6 +36,7 @@ class Trips(MemoryStorage):
 
     async def write_all(self, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
         self.trips.append([(offset, len(data)) for offset, data in pieces])
+        self.begun.set()
         await asyncio.sleep(0)
         await self.go.wait()
         for offset, data in pieces:
@@ -83,7 +85,7 @@ async def test_writes_that_come_together_go_in_one_trip_and_later_ones_in_the_ne
     storage.go.clear()
     for offset in (0, 8192, 512):
         assert client.submit(offset, b"a" * 512)
-    await asyncio.sleep(0.01)
+    await storage.begun.wait()
     for offset in (4096, 1024):
         assert client.submit(offset, b"b" * 512)
     storage.go.set()
@@ -147,8 +149,9 @@ async def test_what_is_being_written_is_not_seen_before_it_is_there() -> None:
     await node.write(CLUSTER, b"x")
     client = Client(node)
     storage.go.clear()
+    storage.begun.clear()
     assert client.submit(0, b"new")
-    await asyncio.sleep(0.01)
+    await storage.begun.wait()
     buffer = memoryview(bytearray(3))
     node.try_read_into(0, buffer)
     assert bytes(buffer) == b"bbb"

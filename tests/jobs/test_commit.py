@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 from pathlib import Path
 
@@ -160,11 +159,9 @@ async def test_a_full_base_fails_the_job_and_changes_nothing(tmp_path: Path, mon
     assert [Path(layer.path).name for layer in node.layers] == ["2.qcow2", "1.qcow2", "0.raw"]
     assert await letters(node) == "abbc"
     job = begin(Commit("job", node, 1, 2, on_error="stop"))
-    async with asyncio.timeout(10):
-        while job.io_status != "nospace":
-            await asyncio.sleep(0.01)
-    monkeypatch.setattr(FileStorage, "write", real)
     await until(job, JobStatus.PAUSED)
+    assert job.io_status == "nospace"
+    monkeypatch.setattr(FileStorage, "write", real)
     job.resume()
     await job.wait()
     assert job.error is None

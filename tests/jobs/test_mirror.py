@@ -24,11 +24,16 @@ class Full(MemoryStorage):
 
     error: OSError | None = None
 
+    def __init__(self, content: bytes = b"", *, size: int | None = None) -> None:
+        super().__init__(content, size=size)
+        self.refused = asyncio.Event()
+
     def try_write(self, offset: int, data: bytes | bytearray | memoryview) -> bool:
         return False
 
     async def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         if self.error is not None:
+            self.refused.set()
             raise self.error
         super().try_write(offset, data)
 
@@ -120,7 +125,7 @@ async def test_a_full_target_leaves_the_source_alive(tmp_path: Path, policy: str
         await node.close()
         return
     if policy == "ignore":
-        await asyncio.sleep(0.05)
+        await storage.refused.wait()
     else:
         await until(job, JobStatus.PAUSED)
         assert job.io_status == "nospace"

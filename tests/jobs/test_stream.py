@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from nbdserve.errors import JobError, RequestError
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.jobs.status import JobStatus
 from nbdserve.jobs.stream import Stream
-from tests.jobs.chains import UNIT, begin, chain, letters, opened, until
+from tests.jobs.chains import SIZE, UNIT, begin, chain, letters, opened, until
 
 
 @pytest.mark.parametrize("top", ["qcow2", "qed"])
@@ -45,17 +46,19 @@ async def test_a_layer_that_ends_early_hides_the_base(tmp_path: Path) -> None:
 
 
 async def test_clients_write_meanwhile_and_cancel_leaves_a_chain(tmp_path: Path) -> None:
-    node = await chain(tmp_path, "raw 0a 1a 2a 3a 4a 5a", "qcow2")
-    job = begin(Stream("job", node, speed=UNIT))
-    await until(job, JobStatus.RUNNING)
+    node = await chain(tmp_path, "raw 0a 1a 2a 20a", "qcow2", sizes=(2 * SIZE, 2 * SIZE))
+    job = begin(Stream("job", node, speed=1))
+    while job.busy or not job.current_progress:  # for 18 hours, after the first of two steps
+        await asyncio.sleep(0)
     await node.write(0, b"b" * UNIT)
     await node.zero(UNIT, UNIT)
     job.cancel()
     await job.wait()
     assert len(node.layers) == 2
-    assert await letters(node) == "b.aaaa"
+    expected = f"b.a{'a':.>18}"
+    assert await letters(node) == expected
     await node.close()
-    assert await opened(tmp_path / "1.qcow2") == "b.aaaa"
+    assert await opened(tmp_path / "1.qcow2") == expected
 
 
 @pytest.mark.parametrize("policy", ["report", "ignore", "stop"])
