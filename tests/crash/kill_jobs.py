@@ -12,6 +12,7 @@ import random
 import signal
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from tests.support.workload import read_all
 
 KINDS = ("commit", "active commit", "stream", "stream to base", "mirror", "backup", "snapshot", "resize")
 SIZE = 8 * MIB
-DELAYS = (0.08, 0.2, 0.5)
+DELAYS = (0.02, 0.1, 0.3)
 BASES = ("raw", "qcow2", "vdi")
 OPTIONS = ("", "cluster_size=4k", "extended_l2=on,cluster_size=128k", "compat=0.10")
 
@@ -92,6 +93,7 @@ class Scene:
         self.tops = [self.layers[-1]]
         """The images of which one has the disk."""
         self.step = "begin"
+        self.begun = asyncio.Event()
 
     async def make(self) -> bytes:
         """Make the layers, each with some data; what a guest sees."""
@@ -120,6 +122,8 @@ class Scene:
                 admin.close()
         except (ConnectionError, asyncio.IncompleteReadError):
             return
+        finally:
+            self.begun.set()
 
     async def _run(self, admin: Admin) -> None:
         device = (await admin.execute("query-block"))[0]["qdev"]
@@ -127,6 +131,7 @@ class Scene:
         common = {"device": device, "job_id": "job", "speed": speed}
         base, middle = self.layers[0][0], self.layers[1][0]
         self.step = "the job"
+        self.begun.set()
         if self.kind == "snapshot":
             for number in range(3):
                 await asyncio.sleep(self.rng.random() * 0.1)
@@ -242,7 +247,16 @@ async def kill_once(kind: str, seed: int, folder: Path, result: Result, number: 
     victim = Victim(scene.tops[0][0], "qcow2", folder / "nbd.sock", "--admin", socket)
     try:
         try:
-            await load(victim, model, rng, result, delays=DELAYS, meanwhile=lambda: scene.run(socket), number=number)
+            await load(
+                victim,
+                model,
+                rng,
+                result,
+                delays=DELAYS,
+                meanwhile=partial(scene.run, socket),
+                after=scene.begun,
+                number=number,
+            )
             if number == signal.SIGTERM:
                 victim.end()
                 model.flushed(model.begin_flush())

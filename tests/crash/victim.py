@@ -20,8 +20,8 @@ from tests.support.workload import Mix, Workload
 
 CONNECTIONS = 4
 SERVER = (sys.executable, "-c", "import sys; from nbdserve.cli.main import main; sys.exit(main())")
-START_SECONDS = 20.0
-STOP_SECONDS = 20.0
+START_SECONDS = 60.0
+STOP_SECONDS = 60.0
 
 
 class KillFailure(AssertionError):
@@ -96,11 +96,12 @@ async def load(
     *,
     delays: Sequence[float] = (0.02, 0.1, 0.3, 0.6),
     meanwhile: Callable[[], Awaitable[None]] | None = None,
+    after: asyncio.Event | None = None,
     number: int = signal.SIGKILL,
 ) -> None:
     """Work over several connections until signal ``number``, which comes after about one of ``delays``, in seconds.
 
-    ``meanwhile`` is run beside it, and ends when the server is gone.
+    ``meanwhile`` is run beside it, and ends when the server is gone; the delay begins with ``after``.
     """
     disk = await victim.connect()
     killed = False
@@ -122,6 +123,8 @@ async def load(
 
     async def execute() -> None:
         nonlocal killed
+        if after is not None:
+            await after.wait()
         await asyncio.sleep(rng.choice(delays) * (0.5 + rng.random()))
         killed = True
         workload.stop()
