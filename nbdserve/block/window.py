@@ -116,24 +116,7 @@ class NodeStorage(Storage):
         self._check_open()
         end = offset + length
         inside = max(offset, min(end, self.size))
-        found = [RunArray.empty()]
-        async for part in map_node(self.node, offset, inside):
-            data = (part.kind != ZERO) & (part.kind != UNALLOCATED)
-            kind = np.where(data, DATA, ZERO).astype(np.uint8)
-            found.append(RunArray(part.start, part.length, kind, np.where(data, part.start, -1)).coalesced())
-            if sum(map(len, found)) > max_runs:
-                break
-        else:
-            if inside < end:
-                found.append(RunArray.of(inside, end - inside, ZERO))
-        runs = RunArray(
-            np.concatenate([runs.start for runs in found]),
-            np.concatenate([runs.length for runs in found]),
-            np.concatenate([runs.kind for runs in found]),
-            np.concatenate([runs.host_offset for runs in found]),
-        ).coalesced()
-        cut = slice(max_runs)
-        return RunArray(runs.start[cut], runs.length[cut], runs.kind[cut], runs.host_offset[cut])
+        return await host_runs(map_node(self.node, offset, inside), inside, end, max_runs)
 
     def allocated_size(self) -> int | None:
         return self.node.top.storage.allocated_size()
@@ -154,6 +137,28 @@ class NodeStorage(Storage):
             raise OSError(errno.EROFS, f"{self.path} is open read-only")
         if end > self.size:
             raise OSError(errno.ENOSPC, f"{self.path}: its disk of {self.size} bytes does not grow")
+
+
+async def host_runs(maps: AsyncIterator[ChainMap], inside: int, end: int, max_runs: int) -> RunArray:
+    """``Storage.host_map`` of a disk with these maps, which end at ``inside``; zeroes follow up to ``end``."""
+    found = [RunArray.empty()]
+    async for part in maps:
+        data = (part.kind != ZERO) & (part.kind != UNALLOCATED)
+        kind = np.where(data, DATA, ZERO).astype(np.uint8)
+        found.append(RunArray(part.start, part.length, kind, np.where(data, part.start, -1)).coalesced())
+        if sum(map(len, found)) > max_runs:
+            break
+    else:
+        if inside < end:
+            found.append(RunArray.of(inside, end - inside, ZERO))
+    runs = RunArray(
+        np.concatenate([runs.start for runs in found]),
+        np.concatenate([runs.length for runs in found]),
+        np.concatenate([runs.kind for runs in found]),
+        np.concatenate([runs.host_offset for runs in found]),
+    ).coalesced()
+    cut = slice(max_runs)
+    return RunArray(runs.start[cut], runs.length[cut], runs.kind[cut], runs.host_offset[cut])
 
 
 @contextmanager

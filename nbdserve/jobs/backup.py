@@ -12,6 +12,7 @@ from nbdserve.block.node import Node
 from nbdserve.block.window import map_node
 from nbdserve.errors import JobError, RequestError
 from nbdserve.extents import UNALLOCATED, ZERO
+from nbdserve.jobs.in_flight import InFlight
 from nbdserve.jobs.mirror import NodeJob
 from nbdserve.units import GIB, align_down, align_up
 
@@ -66,8 +67,7 @@ class Backup(NodeJob):
         self._owns_target = owns_target
         self._finished = finished
         self._moment: CopyBeforeWrite | None = None
-        self._running: set[asyncio.Task[None]] = set()
-        self._failure: BaseException | None = None
+        self._in_flight = InFlight(_REQUESTS)
 
     def start(self) -> None:
         """Begin; this is the moment that is kept."""
@@ -96,10 +96,7 @@ class Backup(NodeJob):
             while moment.todo.count():
                 await self._sweep(moment)
         finally:
-            for task in self._running:
-                task.cancel()
-            if self._running:
-                await asyncio.wait(self._running)
+            await self._in_flight.cancel()
         await self._target.flush()
 
     async def _leave_out(self, todo: DirtyBitmap) -> None:
@@ -131,17 +128,12 @@ class Backup(NodeJob):
             offset, length = area
             length = min(length, CHUNK - offset % CHUNK)
             if self.pause_requested:
-                await self._drain()
+                await self._in_flight.drain()
             await self.throttle(length)
-            self._check()
-            while len(self._running) >= _REQUESTS:
-                await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
-            task = asyncio.get_running_loop().create_task(self._copy(moment, offset, length))
-            self._running.add(task)
-            task.add_done_callback(self._step_ended)
+            await self._in_flight.room()
+            self._in_flight.begin(self._copy(moment, offset, length))
             position = offset + length
-        await self._drain()
-        self._check()
+        await self._in_flight.drain()
         await self.pause_point()
 
     async def _copy(self, moment: CopyBeforeWrite, offset: int, length: int) -> None:
@@ -153,20 +145,6 @@ class Backup(NodeJob):
                 raise
             await asyncio.sleep(_RETRY_SECONDS)
         self.current_progress = moment.copied
-
-    def _step_ended(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
-        error = None if task.cancelled() else task.exception()
-        self._failure = self._failure or error
-
-    async def _drain(self) -> None:
-        while self._running:
-            await asyncio.wait(self._running)
-
-    def _check(self) -> None:
-        """Raise what has gone wrong."""
-        if self._failure is not None:
-            raise self._failure
 
     async def commit(self) -> None:
         """All is copied."""

@@ -10,6 +10,7 @@ import numpy as np
 from nbdserve.bitmaps.bitmap import DirtyBitmap
 from nbdserve.block.drain import uninterrupted
 from nbdserve.block.node import Node
+from nbdserve.block.pieces import write_pieces
 from nbdserve.block.watchers import Watcher
 from nbdserve.block.window import map_node
 from nbdserve.errors import RequestError
@@ -181,14 +182,8 @@ class LiveCopy(Watcher):
         try:
             pieces = await self._source.read_pieces(offset, data)
             operation = "write"
-            position = 0
-            for is_zero, part in pieces:
-                if is_zero:
-                    change = self._target.zero(offset + position, part)
-                else:
-                    change = self._target.write(offset + position, data[position : position + part])
-                await (change if self._cut_short else uninterrupted(change))
-                position += part
+            writing = write_pieces(self._target, offset, data, pieces)
+            await (writing if self._cut_short else uninterrupted(writing))
         except (OSError, RequestError) as error:
             if not self._job.failed_io(operation, error, self._on_error[operation]):
                 raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import ClassVar, Final
 
 import numpy as np
@@ -13,6 +12,7 @@ from nbdserve.block.window import map_node
 from nbdserve.errors import JobError
 from nbdserve.extents import UNALLOCATED
 from nbdserve.formats.base import BackingReference
+from nbdserve.jobs.in_flight import InFlight
 from nbdserve.jobs.mirror import NodeJob
 from nbdserve.units import GIB, MIB, SECTOR_SIZE, align_down, align_up
 
@@ -40,7 +40,7 @@ class Rebase(NodeJob):
         self._base = base
         self._reference = reference
         self._old = LowerNode(node, 1) if len(node.layers) > 1 else None
-        self._running: set[asyncio.Task[None]] = set()
+        self._in_flight = InFlight(_REQUESTS)
 
     async def run(self) -> None:
         """Compare and copy."""
@@ -58,28 +58,18 @@ class Rebase(NodeJob):
                             await self._range(at, at + length)
                         else:
                             self.current_progress += length
-            while self._running:
-                await self._one_ended()
+            await self._in_flight.drain()
         finally:
-            for task in self._running:
-                task.cancel()
-            await asyncio.gather(*self._running, return_exceptions=True)
+            await self._in_flight.cancel()
         await self.node.flush()
 
     async def _range(self, start: int, end: int) -> None:
         while start < end:
             stop = min(end, start - start % _CHUNK + _CHUNK)
             await self.throttle(stop - start)
-            if len(self._running) >= _REQUESTS:
-                await self._one_ended()
-            self._running.add(asyncio.get_running_loop().create_task(self._compare(start, stop)))
+            await self._in_flight.room()
+            self._in_flight.begin(self._compare(start, stop))
             start = stop
-
-    async def _one_ended(self) -> None:
-        done, self._running = await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
-        errors = [error for task in done if (error := task.exception()) is not None]
-        if errors:
-            raise errors[0]
 
     async def _compare(self, start: int, end: int) -> None:
         """Write to the top layer what the range reads as where the new chain differs."""

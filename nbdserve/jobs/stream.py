@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, ClassVar, Final
 
 from nbdserve.block.node import Node
@@ -12,6 +11,7 @@ from nbdserve.errors import JobError, RequestError
 from nbdserve.extents import UNALLOCATED
 from nbdserve.formats.base import BackingReference
 from nbdserve.jobs.commit import name_backing, reference_to
+from nbdserve.jobs.in_flight import InFlight
 from nbdserve.jobs.mirror import NodeJob
 from nbdserve.units import GIB, MIB
 
@@ -54,8 +54,7 @@ class Stream(NodeJob):
         super().__init__(id, node, **options)
         self._reference = backing
         self._on_error = on_error
-        self._running: set[asyncio.Task[None]] = set()
-        self._failure: BaseException | None = None
+        self._in_flight = InFlight(_REQUESTS)
         self._again: list[tuple[int, int]] = []
         """Where an error has stopped the job, to be tried again when it goes on."""
         self._skipped: Exception | None = None
@@ -69,17 +68,14 @@ class Stream(NodeJob):
         try:
             for start in range(0, self.node.size, _SEGMENT):
                 await self._segment(start, min(start + _SEGMENT, self.node.size))
-            await self._drain()
+            await self._in_flight.drain()
             while self._again:
                 await self._range(*self._again.pop())
-                await self._drain()
+                await self._in_flight.drain()
             if self._skipped is not None:
                 raise self._skipped
         finally:
-            for task in self._running:
-                task.cancel()
-            if self._running:
-                await asyncio.wait(self._running)
+            await self._in_flight.cancel()
 
     async def _segment(self, start: int, end: int) -> None:
         async with self.node.gate:
@@ -99,27 +95,11 @@ class Stream(NodeJob):
         while start < end:
             stop = min(end, start - start % _STEP + _STEP)
             if self.pause_requested:
-                await self._drain()
+                await self._in_flight.drain()
             await self.throttle(stop - start)
-            while len(self._running) >= _REQUESTS:
-                await asyncio.wait(self._running, return_when=asyncio.FIRST_COMPLETED)
-            if self._failure is not None:
-                raise self._failure
-            task = asyncio.get_running_loop().create_task(self._copy(start, stop))
-            self._running.add(task)
-            task.add_done_callback(self._step_ended)
+            await self._in_flight.room()
+            self._in_flight.begin(self._copy(start, stop))
             start = stop
-
-    def _step_ended(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
-        error = None if task.cancelled() else task.exception()
-        self._failure = self._failure or error
-
-    async def _drain(self) -> None:
-        while self._running:
-            await asyncio.wait(self._running)
-        if self._failure is not None:
-            raise self._failure
 
     async def _copy(self, start: int, end: int) -> None:
         self.current_progress += end - start

@@ -10,6 +10,7 @@ from typing import ClassVar, Final
 from nbdserve.bitmaps.bitmap import DirtyBitmap
 from nbdserve.block.mapping import ChainMap
 from nbdserve.block.node import Node
+from nbdserve.block.pieces import write_pieces
 from nbdserve.block.watchers import Watcher
 from nbdserve.block.window import map_node
 from nbdserve.errors import RequestError
@@ -132,13 +133,7 @@ class CopyBeforeWrite(Watcher):
             data = memoryview(bytearray(length))
             pieces = await self._source.read_pieces(offset, data)
             operation = "write"
-            position = 0
-            for is_zero, part in pieces:
-                if is_zero:
-                    await self._target.zero(offset + position, part)
-                else:
-                    await self._target.write(offset + position, data[position : position + part])
-                position += part
+            await write_pieces(self._target, offset, data, pieces)
             self.copied += length
         except BaseException:
             self.failed = operation

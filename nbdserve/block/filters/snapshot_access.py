@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 
-import numpy as np
-
 from nbdserve.block.filters.copy_before_write import CopyBeforeWrite
 from nbdserve.block.node import Node
+from nbdserve.block.window import host_runs
 from nbdserve.buffers import fill_zeroes
 from nbdserve.errors import RequestError
-from nbdserve.extents import DATA, UNALLOCATED, ZERO, RunArray
+from nbdserve.extents import RunArray
 from nbdserve.formats.raw import RawDriver
 from nbdserve.storage.base import ReadBuffer, Storage
 
@@ -35,23 +34,7 @@ class MomentStorage(Storage):
 
     async def host_map(self, offset: int, length: int, max_runs: int = 1 << 16) -> RunArray:
         inside = max(offset, min(offset + length, self.size))
-        found = [RunArray.empty()]
-        async for part in self._moment.runs(offset, inside):
-            kind = np.where((part.kind == ZERO) | (part.kind == UNALLOCATED), ZERO, DATA).astype(np.uint8)
-            found.append(RunArray(part.start, part.length, kind, np.where(kind == DATA, part.start, -1)).coalesced())
-            if sum(map(len, found)) > max_runs:
-                break
-        else:
-            if inside < offset + length:
-                found.append(RunArray.of(inside, offset + length - inside, ZERO))
-        runs = RunArray(
-            np.concatenate([runs.start for runs in found]),
-            np.concatenate([runs.length for runs in found]),
-            np.concatenate([runs.kind for runs in found]),
-            np.concatenate([runs.host_offset for runs in found]),
-        ).coalesced()
-        cut = slice(max_runs)
-        return RunArray(runs.start[cut], runs.length[cut], runs.kind[cut], runs.host_offset[cut])
+        return await host_runs(self._moment.runs(offset, inside), inside, offset + length, max_runs)
 
     def allocated_size(self) -> int:
         return 0
