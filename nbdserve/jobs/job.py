@@ -286,7 +286,7 @@ class Job(ABC):
             self.cancelled = True
             if self._main is None:
                 self._ended.set()
-            elif self._body is not None:
+            elif self._body is not None and self.error is None:  # else ``fail`` has done so
                 self._body.cancel()
 
     def finalize(self) -> None:

@@ -147,7 +147,7 @@ async def test_a_waiter_cancelled_before_the_release_does_not_get_the_range() ->
     await _settle()
     second.cancel()
     locks.release(first)
-    await asyncio.wait_for(third, 1)
+    await asyncio.wait_for(third, 10)
     assert second.cancelled() or second.cancelling()
 
 

@@ -343,6 +343,35 @@ async def test_a_slow_job_is_paused_and_cancelled_at_once() -> None:
     await asyncio.wait_for(job.wait(), 5)
 
 
+async def test_a_job_that_fails_from_outside_cleans_up_also_when_it_is_cancelled() -> None:
+    gate, left = asyncio.Event(), []
+
+    class Cleaning(Scripted):
+        async def run(self) -> None:
+            try:
+                await super().run()
+            finally:
+                await gate.wait()
+                left.append("run")
+
+    job = Cleaning()
+    announced(job)
+    job.start()
+    await settle()
+    error = OSError(5, "lost")
+    job.fail(error)
+    job.fail(OSError(6, "lost once more"))
+    await settle()
+    job.force_cancel()
+    await settle()
+    assert not job.ended
+    gate.set()
+    await job.wait()
+    assert left == ["run"]
+    assert job.error is error
+    assert job.calls == ["abort", "clean"]
+
+
 async def test_a_negative_speed() -> None:
     job = Scripted()
     announced(job)
