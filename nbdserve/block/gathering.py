@@ -55,17 +55,21 @@ class GatheringNode:
     def submit_write(self, offset: int, data: memoryview, done: Done) -> int:
         """As the node's. Only overwrites are gathered: space that is allocated must not show before it is written."""
         node, top = self._node, self._node.top
-        if not isinstance(top.data, EncryptedStorage):
-            return node.submit_write(offset, data, done)
-        run = top.lookup_writable(offset, len(data))
-        if run is None or run[0] != DATA or run[1] < len(data):
+        storage = top.data
+        if not isinstance(storage, EncryptedStorage):
             return node.submit_write(offset, data, done)
         before = len(self._writes)
-        top.data.writes = self._writes
+        storage.writes = self._writes
         try:
-            outcome = node.submit_write(offset, data, done)
+            if node.try_write(offset, data):
+                outcome = WRITE_DONE
+            else:
+                run = top.lookup_writable(offset, len(data))
+                if run is None or run[0] != DATA or run[1] < len(data):
+                    storage.writes = None
+                outcome = node.submit_write(offset, data, done)
         finally:
-            top.data.writes = None
+            storage.writes = None
         if outcome != WRITE_DONE or len(self._writes) == before:
             del self._writes[before:]
             return outcome

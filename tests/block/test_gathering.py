@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+from typing import Any
 
 import pytest
 
@@ -41,12 +42,15 @@ class Busy(MemoryStorage):
 
 
 class Encrypted(RawDriver):
-    """All of the disk is in an encrypted storage."""
+    """All of the disk is in an encrypted storage, behind a mapping."""
 
     unallocated = False
 
     def __init__(self, storage: EncryptedStorage) -> None:
         super().__init__(storage, 0, storage.size, read_only=False)
+
+    def linear_offset(self) -> Any:
+        return None
 
     def lookup_writable(self, offset: int, length: int) -> Run | None:
         return None if self.unallocated else (DATA, length, offset)
@@ -116,6 +120,19 @@ async def test_overwrites_are_done_and_told_at_the_end() -> None:
     assert disk.told == {number * 8192: None for number in range(20)}
     assert disk.plain() == disk.content
     assert disk.node.changes > changes
+
+
+async def test_overwrites_whose_place_is_known_at_one_look_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Encrypted, "linear_offset", lambda self: 0)
+    disk = Disk()
+    changes = disk.node.changes
+    for number in range(5):
+        assert disk.write(number * 8192, os.urandom(4096)) == WRITE_TAKEN
+    assert not disk.told
+    assert disk.node.changes == changes + 5
+    disk.gathering.finish()
+    assert len(disk.told) == 5
+    assert disk.plain() == disk.content
 
 
 async def test_long_writes_and_parts_of_sectors_go_the_nodes_way() -> None:

@@ -92,6 +92,9 @@ class LuksDriver(FormatDriver):
     def info(self) -> ImageInfo:
         return ImageInfo(self.name, self.size, encrypted=True, specific=self.header.describe())
 
+    def linear_offset(self) -> int:
+        return 0
+
     def lookup(self, offset: int, length: int) -> Run:
         return DATA, length, offset
 
