@@ -30,7 +30,8 @@ class InlineWrites:
     def __init__(self) -> None:
         self._paused_until = 0.0
         self._pause = _FIRST_PAUSE
-        self._probe = bytearray(1)
+        self._probe = (bytearray(1),)
+        self._pair = (bytearray(2),)
 
     def try_write(self, fd: int, offset: int, data: ReadBuffer) -> bool:
         """Write if that should not have to wait; False: do all of it another way."""
@@ -49,11 +50,17 @@ class InlineWrites:
         return done
 
     def _ends_cached(self, fd: int, offset: int, end: int) -> bool:
-        """Whether the pages that are written in part are there; a BlockingIOError otherwise."""
+        """Whether the pages that are written in part are there; False or a BlockingIOError otherwise.
+
+        Asking takes 1 us. Once is enough for two pages side by side: for the bytes where they meet.
+        """
+        last = end - 1 & ~_PAGE_MASK
+        if last - _PAGE_MASK <= offset < last:
+            return os.preadv(fd, self._pair, last - 1, os.RWF_NOWAIT) == 2
         return self._is_cached(fd, offset) and self._is_cached(fd, end - 1)
 
     def _is_cached(self, fd: int, offset: int) -> bool:
-        return os.preadv(fd, (self._probe,), offset, os.RWF_NOWAIT) == 1
+        return os.preadv(fd, self._probe, offset, os.RWF_NOWAIT) == 1
 
     def _back_off(self, now: float) -> None:
         soon = now - self._paused_until < self._pause

@@ -114,8 +114,25 @@ def test_both_ends_of_the_range_are_asked_for(fd: int, monkeypatch: pytest.Monke
         return 1
 
     monkeypatch.setattr(os, "preadv", cached)
-    assert InlineWrites().try_write(fd, 100, b"b" * PAGE)
-    assert asked == [100, 100 + PAGE - 1]
+    assert InlineWrites().try_write(fd, 100, b"b" * 2 * PAGE)
+    assert asked == [100, 100 + 2 * PAGE - 1]
+
+
+def test_two_pages_are_asked_for_at_once(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    cached = 2
+
+    def some(_: int, buffers: tuple[bytearray], offset: int, flags: int) -> int:
+        assert len(buffers[0]) == 2
+        asked.append(offset)
+        return cached
+
+    monkeypatch.setattr(os, "preadv", some)
+    for offset, length in ((PAGE + 1, PAGE), (2 * PAGE - 1, PAGE - 1), (PAGE + 5, 2 * PAGE - 5)):
+        assert InlineWrites().try_write(fd, offset, b"b" * length)
+    assert asked == [2 * PAGE - 1] * 3
+    cached = 1
+    assert not InlineWrites().try_write(fd, PAGE + 1, b"b" * PAGE)
 
 
 def test_cached_pages_are_written_at_any_byte(fd: int) -> None:
