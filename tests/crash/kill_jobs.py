@@ -56,12 +56,14 @@ class Admin:
         return dict(json.loads(line))
 
     async def execute(self, name: str, /, **arguments: Any) -> Any:
-        """The result of a command; KillFailure when it is refused."""
+        """The result of a command; KillFailure when it is refused, ConnectionError when the server ends."""
         given = {key.replace("_", "-"): value for key, value in arguments.items()}
         self._writer.write(json.dumps({"execute": name, "arguments": given}).encode())
         while "event" in (answer := await self._receive()):
             self._events.append(answer)
         if "error" in answer:
+            if answer["error"]["desc"].startswith("The server ends"):
+                raise ConnectionResetError(answer["error"]["desc"])
             raise KillFailure(f"{name} {given}: {answer['error']['desc']}")
         return answer["return"]
 
