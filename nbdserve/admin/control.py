@@ -17,6 +17,7 @@ from nbdserve.admin.objects import ObjectTable
 from nbdserve.admin.opening import Opener
 from nbdserve.admin.paths import PathPolicy
 from nbdserve.admin.schema import Result
+from nbdserve.admin.thresholds import Thresholds
 from nbdserve.block.drain import drained
 from nbdserve.exports.export import Export
 from nbdserve.formats.registry import DRIVERS
@@ -69,6 +70,7 @@ class Control:
         self.exports = ExportControl(self.server, self.events)
         self.jobs = JobControl(self.events)
         self.opener = Opener(self.nodes, self.paths, self.objects)
+        self.thresholds = Thresholds(self.events)
         self.quiesced: AsyncExitStack | None = None
         """While ``stop`` holds all requests back."""
         self._asked_to_quit = False

@@ -26,6 +26,14 @@ class ExportDeleted(Result):
     id: str
 
 
+class WriteThreshold(Result):
+    """Of BLOCK_WRITE_THRESHOLD, in bytes."""
+
+    node_name: str
+    amount_exceeded: int
+    write_threshold: int
+
+
 class Shutdown(Result):
     """Of SHUTDOWN."""
 
@@ -34,11 +42,12 @@ class Shutdown(Result):
 
 
 BLOCK_EXPORT_DELETED = EventType("BLOCK_EXPORT_DELETED", ExportDeleted)
+BLOCK_WRITE_THRESHOLD = EventType("BLOCK_WRITE_THRESHOLD", WriteThreshold)
 SHUTDOWN = EventType("SHUTDOWN", Shutdown)
 STOP = EventType("STOP")
 RESUME = EventType("RESUME")
 
-EVENTS: Final = (BLOCK_EXPORT_DELETED, SHUTDOWN, STOP, RESUME)
+EVENTS: Final = (BLOCK_EXPORT_DELETED, BLOCK_WRITE_THRESHOLD, SHUTDOWN, STOP, RESUME)
 """All there are."""
 
 

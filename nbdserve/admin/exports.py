@@ -12,7 +12,7 @@ from nbdserve.errors import ConfigError
 from nbdserve.exports.export import Export
 from nbdserve.server.addresses import Address
 from nbdserve.server.listeners import Listener, bind
-from nbdserve.server.server import Server
+from nbdserve.server.server import Places, Server
 
 
 @dataclass(eq=False)
@@ -48,16 +48,20 @@ class ExportControl:
 
     # --- the server --------------------------------------------------------------------------------------------------
 
-    async def start_server(self, address: Address) -> None:
-        """Listen on one more address. QmpError when a command has started a server already, or it cannot be bound."""
+    async def start_server(self, address: Address, max_clients: int = 0) -> None:
+        """Listen on one more address, to so many clients at a time (0: any number).
+
+        QmpError when a command has started a server already, or it cannot be bound.
+        """
         if self._listeners:
             raise QmpError("NBD server already running")
         try:
             self._listeners = bind(address)
         except ConfigError as error:
             raise QmpError(str(error)) from None
+        places = Places(max_clients) if max_clients else None
         for listener in self._listeners:
-            await self.server.listen(listener.sock)
+            await self.server.listen(listener.sock, places)
 
     def stop_server(self) -> None:
         """Undo ``start_server``, and remove the exports that commands have added; their clients are dropped."""

@@ -39,6 +39,13 @@ class ServerLimits:
     """Bytes that the requests and replies of all clients take together; further large ones wait."""
 
 
+@dataclass(slots=True)
+class Places:
+    """How many more clients the sockets take that share these."""
+
+    free: int
+
+
 class Server:
     """Listens and holds the connections. ``on_last_client`` is called when the last client in transmission has left."""
 
@@ -59,6 +66,8 @@ class Server:
         self._negotiating: OrderedDict[Connection, asyncio.TimerHandle] = OrderedDict()
         self._clients: set[Connection] = set()
         self._connecting = 0
+        self._limited: dict[socket.socket, Places] = {}
+        self._places: dict[Connection, Places] = {}
         self._gone: asyncio.Event = asyncio.Event()
 
     @property
@@ -66,9 +75,14 @@ class Server:
         """Clients in transmission."""
         return len(self._clients)
 
-    async def listen(self, sock: socket.socket) -> None:
-        """Serve clients of ``sock``, which is bound and listening; the caller keeps owning it."""
+    async def listen(self, sock: socket.socket, places: Places | None = None) -> None:
+        """Serve clients of ``sock``, which is bound and listening; the caller keeps owning it.
+
+        With ``places``, no more than those of the sockets that share them; further ones wait in the backlog.
+        """
         sock.setblocking(False)
+        if places is not None:
+            self._limited[sock] = places
         self._sockets.append(sock)
         if self._accepting or len(self._sockets) == 1:
             self._accepting = True
@@ -77,6 +91,7 @@ class Server:
     def unlisten(self, sock: socket.socket) -> None:
         """Accept no more clients of ``sock``; those that are there stay."""
         self._sockets.remove(sock)
+        self._limited.pop(sock, None)
         if self._accepting:
             asyncio.get_running_loop().remove_reader(sock.fileno())
 
@@ -100,6 +115,10 @@ class Server:
             if not self._has_room():
                 self._set_accepting(False)
                 return
+            places = self._limited.get(listener)
+            if places is not None and not places.free:
+                asyncio.get_running_loop().remove_reader(listener.fileno())
+                return
             try:
                 sock, address = listener.accept()
                 try:
@@ -118,19 +137,24 @@ class Server:
                 return
             peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "unix client"
             self._connecting += 1
-            task = asyncio.get_running_loop().create_task(self._connect(sock, output, peer))
+            if places is not None:
+                places.free -= 1
+            task = asyncio.get_running_loop().create_task(self._connect(sock, output, peer, places))
             task.add_done_callback(lambda done: done.exception())
 
-    async def _connect(self, sock: socket.socket, output: socket.socket, peer: str) -> None:
+    async def _connect(self, sock: socket.socket, output: socket.socket, peer: str, places: Places | None) -> None:
         sock.setblocking(False)
         loop = asyncio.get_running_loop()
+        connection = Connection(self, peer, output)
+        if places is not None:
+            self._places[connection] = places
         try:
-            connection = Connection(self, peer, output)
             await loop.connect_accepted_socket(lambda: connection, sock)
         except OSError as error:
             log.debug("%s: gone before it was served: %s", peer, error)
             sock.close()
             output.close()
+            self._give_place(connection)
             return
         finally:
             self._connecting -= 1
@@ -182,6 +206,7 @@ class Server:
         timer = self._negotiating.pop(connection, None)
         if timer is not None:
             timer.cancel()
+        self._give_place(connection)
         was_client = connection in self._clients
         if was_client:
             self._clients.discard(connection)
@@ -191,6 +216,15 @@ class Server:
         if was_client and not self._clients:
             self._gone.set()
             self._on_last_client()
+
+    def _give_place(self, connection: Connection) -> None:
+        places = self._places.pop(connection, None)
+        if places is None:
+            return
+        places.free += 1
+        for sock in self._sockets if self._accepting else ():
+            if self._limited.get(sock) is places:
+                asyncio.get_running_loop().add_reader(sock.fileno(), self._accept, sock)
 
     def _resume_accepting(self) -> None:
         if not self.stopping and self._has_room():

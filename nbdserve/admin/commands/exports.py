@@ -110,9 +110,7 @@ async def nbd_server_start(control: Control, arguments: ServerStart) -> None:
     for name, kind in ((arguments.tls_creds, "TLS credentials"), (arguments.tls_authz, "authorization object")):
         if name is not None:
             raise QmpError(f"No {kind} with id '{name}'")
-    if arguments.max_connections:
-        raise QmpError("'max-connections': the bound is max_clients of [server], for all addresses together")
-    await control.exports.start_server(_address(arguments.addr))
+    await control.exports.start_server(_address(arguments.addr), arguments.max_connections)
 
 
 def _address(given: SocketAddress) -> Address:

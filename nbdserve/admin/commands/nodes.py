@@ -8,9 +8,12 @@ from nbdserve.admin.blockdev import BlockdevOptions
 from nbdserve.admin.command import Command
 from nbdserve.admin.control import Control
 from nbdserve.admin.describe import BlockDeviceInfo, BlockInfo, device_info, dirty_info, part_infos
-from nbdserve.admin.errors import QmpError
+from nbdserve.admin.errors import DEVICE_NOT_FOUND, QmpError
 from nbdserve.admin.nodes import NodeEntry
-from nbdserve.admin.schema import Arguments, Int, Nothing
+from nbdserve.admin.schema import Arguments, Int, Nothing, Size
+from nbdserve.formats.base import BackingReference
+from nbdserve.jobs.commit import name_backing
+from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE
 
 
@@ -24,6 +27,21 @@ class Flat(Arguments):
     """Of ``query-named-block-nodes``."""
 
     flat: bool = False
+
+
+class ThresholdOptions(Arguments):
+    """Of ``block-set-write-threshold``, in bytes; 0: none."""
+
+    node_name: str
+    write_threshold: Size
+
+
+class BackingFile(Arguments):
+    """Of ``change-backing-file``."""
+
+    device: str
+    image_node_name: str
+    backing_file: str
 
 
 class Resize(Arguments):
@@ -54,13 +72,56 @@ async def query_named_block_nodes(control: Control, arguments: Flat) -> list[Blo
     infos: list[BlockDeviceInfo] = []
     for entry in reversed(list(control.nodes)):
         infos.append(described(control, entry, flat=arguments.flat))
-        infos += part_infos(control.nodes, entry, flat=arguments.flat)
+        parts = dict(control.nodes.parts(entry))
+        for info in part_infos(control.nodes, entry, flat=arguments.flat):
+            info.write_threshold = control.thresholds.get(parts[info.node_name])
+            infos.append(info)
     return infos
 
 
 def described(control: Control, entry: NodeEntry, *, flat: bool = False) -> BlockDeviceInfo:
     """One node."""
-    return device_info(entry, map(dirty_info, entry.node.bitmaps), flat=flat)
+    info = device_info(entry, map(dirty_info, entry.node.bitmaps), flat=flat)
+    info.write_threshold = control.thresholds.get(entry.node)
+    return info
+
+
+async def set_write_threshold(control: Control, arguments: ThresholdOptions) -> None:
+    """Tell once when a disk is written past an offset, or its file has grown past a size."""
+    name = arguments.node_name
+    for entry in control.nodes:
+        part = dict(control.nodes.parts(entry)).get(name)
+        if entry.name == name or part is entry.node.top:
+            control.thresholds.set(name, entry.node, None, arguments.write_threshold)
+            return
+        if isinstance(part, Storage):
+            control.thresholds.set(name, entry.node, part, arguments.write_threshold)
+            return
+    raise QmpError(f"Device '{name}' not found", DEVICE_NOT_FOUND)
+
+
+async def change_backing_file(control: Control, arguments: BackingFile) -> None:
+    """Write another name of the layer below into the header of a layer; the chain stays as it is."""
+    entry = control.nodes.either(arguments.device)
+    try:
+        found, index = control.nodes.layer(arguments.image_node_name)
+    except QmpError:
+        if control.nodes.find(arguments.image_node_name) is None:
+            raise QmpError(f"Cannot find device='' nor node-name='{arguments.image_node_name}'") from None
+        found, index = entry, len(entry.layers) - 1  # a file, which has no backing file
+    if found is not entry:
+        raise QmpError(f"'{arguments.device}' and image file are not in the same chain")
+    if index + 1 >= len(entry.layers):
+        raise QmpError("not allowing backing file change on an image without a backing file")
+    layer, below = entry.layers[index : index + 2]
+    if not layer.can("set_backing"):
+        raise QmpError(f"Could not change backing file to '{arguments.backing_file}': Operation not supported")
+    if layer.read_only and index == 0:
+        raise QmpError(f"Block node is read-only: '{entry.name}'")
+    control.jobs.check_free(entry)
+    async with entry.node.drained():
+        await name_backing(entry.node, index, BackingReference(arguments.backing_file, below.name), below)
+        control.nodes.renew(entry, layer, entry.layers[index])
 
 
 async def block_resize(control: Control, arguments: Resize) -> None:
@@ -83,5 +144,7 @@ COMMANDS: Final = (
     Command("blockdev-del", blockdev_del, NodeName),
     Command("query-block", query_block, returns=list[BlockInfo]),
     Command("query-named-block-nodes", query_named_block_nodes, Flat, list[BlockDeviceInfo]),
+    Command("block-set-write-threshold", set_write_threshold, ThresholdOptions),
+    Command("change-backing-file", change_backing_file, BackingFile),
     Command("block_resize", block_resize, Resize),
 )

@@ -1,4 +1,6 @@
 import asyncio
+import select
+import socket
 from pathlib import Path
 
 import pytest
@@ -67,7 +69,6 @@ def test_an_export_of_another_server_is_a_node(client: RawClient, images: Path, 
 def test_what_is_refused(client: RawClient, images: Path, tmp_path: Path) -> None:
     unix = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
     assert client.execute("nbd-server-start", addr=unix, tls_creds="t") == "No TLS credentials with id 't'"
-    assert "max_clients" in client.execute("nbd-server-start", addr=unix, max_connections=5)
     absent = {"type": "unix", "data": {"path": str(tmp_path / "absent" / "nbd")}}
     assert "does not exist" in client.execute("nbd-server-start", addr=absent)
     inet = {"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}}
@@ -101,3 +102,20 @@ async def test_commands_do_not_end_what_the_server_was_started_with(control: Con
     await read
     await control.close()
     assert await node.read(0, 1) == b"\0"
+
+
+def test_so_many_clients_at_a_time(client: RawClient, tmp_path: Path) -> None:
+    path = tmp_path / "nbd"
+    address = {"type": "unix", "data": {"path": str(path)}}
+    assert client.execute("nbd-server-start", addr=address, max_connections=1) == {}
+    first, second = (socket.socket(socket.AF_UNIX) for _ in range(2))
+    for sock in (first, second):
+        sock.settimeout(20)
+        sock.connect(str(path))
+        if sock is first:
+            assert sock.recv(8) == b"NBDMAGIC"
+    assert select.select([second], [], [], 0.1) == ([], [], []), "it waits in the backlog"
+    first.close()
+    assert second.recv(8) == b"NBDMAGIC"
+    second.close()
+    assert client.execute("nbd-server-stop") == {}

@@ -134,3 +134,35 @@ def test_a_throttled_disk(client: RawClient, images: Path) -> None:
         assert client.execute("blockdev-del", node_name=name) == {}
     assert client.execute("object-del", id="g") == {}
     assert add(client, "raw", images / "b.raw", "r") == {}
+
+
+def test_write_thresholds(client: RawClient, images: Path) -> None:
+    file = {"driver": "file", "filename": str(images / "a.qcow2"), "node-name": "f"}
+    assert client.execute("blockdev-add", driver="qcow2", node_name="q", file=file) == {}
+    for name in ("q", "f"):
+        assert client.execute("block-set-write-threshold", node_name=name, write_threshold=1 << 30) == {}
+        assert nodes(client)[name]["write_threshold"] == 1 << 30
+        assert client.execute("block-set-write-threshold", node_name=name, write_threshold=0) == {}
+        assert nodes(client)[name]["write_threshold"] == 0
+    refused = client.execute("block-set-write-threshold", node_name="zz", write_threshold=1)
+    assert refused == "Device 'zz' not found"
+
+
+def test_the_name_of_the_backing_file(client: RawClient, images: Path) -> None:
+    middle, top = images / "o.qcow2", images / "top.qcow2"
+    output("qemu-img", "create", "-q", "-f", "qcow2", "-b", "o.qcow2", "-F", "qcow2", top)
+    assert add(client, "qcow2", top, "t") == {}
+    inner = next(name for name, info in nodes(client).items() if info["file"] == str(middle) and info["drv"] == "qcow2")
+
+    def change(device: str, name: str) -> Any:
+        absolute = str(images / "a.qcow2")
+        return client.execute("change-backing-file", device=device, image_node_name=name, backing_file=absolute)
+
+    assert change("t", inner) == {}
+    assert inner in nodes(client)
+    assert change("t", "zz") == "Cannot find device='' nor node-name='zz'"
+    assert add(client, "raw", images / "b.raw", "r") == {}
+    assert change("r", "r") == "not allowing backing file change on an image without a backing file"
+    assert change("r", "t") == "'r' and image file are not in the same chain"
+    assert client.execute("blockdev-del", node_name="t") == {}
+    assert f"backing file: {images}/a.qcow2" in output("qemu-img", "info", middle)
