@@ -48,19 +48,29 @@ class NullOptions(NodeOptions):
     read_zeroes: bool = False
 
 
-class InetServer(Arguments):
-    """An NBD server by TCP."""
+class InetAddress(Arguments):
+    """InetSocketAddress."""
 
-    type: Literal["inet"]
     host: str
     port: str
 
 
-class UnixServer(Arguments):
+class UnixPath(Arguments):
+    """UnixSocketAddress."""
+
+    path: str
+
+
+class InetServer(InetAddress):
+    """An NBD server by TCP."""
+
+    type: Literal["inet"]
+
+
+class UnixServer(UnixPath):
     """An NBD server on a unix socket."""
 
     type: Literal["unix"]
-    path: str
 
 
 NbdServer: TypeAlias = Annotated[

@@ -40,30 +40,35 @@ class Creation(Arguments):
     size: Size
 
 
-class Encryption(Arguments):
+class Cipher(Arguments):
+    """What a LUKS header says of the encryption."""
+
+    key_secret: str | None = None
+    cipher_alg: str | None = None
+    cipher_mode: str | None = None
+    ivgen_alg: str | None = None
+    ivgen_hash_alg: str | None = None
+    hash_alg: str | None = None
+    iter_time: Size | None = None
+
+
+class Encryption(Cipher):
     """How the content is to be encrypted."""
 
     format: Literal["qcow", "luks"]
-    key_secret: str | None = None
-    cipher_alg: str | None = None
-    cipher_mode: str | None = None
-    ivgen_alg: str | None = None
-    ivgen_hash_alg: str | None = None
-    hash_alg: str | None = None
-    iter_time: Size | None = None
 
 
-class LuksCreation(Creation):
+class LuksCreation(Cipher, Creation):
     """A LUKS container."""
 
     driver: Literal["luks"]
-    key_secret: str | None = None
-    cipher_alg: str | None = None
-    cipher_mode: str | None = None
-    ivgen_alg: str | None = None
-    ivgen_hash_alg: str | None = None
-    hash_alg: str | None = None
-    iter_time: Size | None = None
+
+
+class Overlay(Creation):
+    """An image that may have a backing file, which is only named."""
+
+    backing_file: str | None = None
+    backing_fmt: str | None = None
 
 
 class ParallelsCreation(Creation):
@@ -73,23 +78,19 @@ class ParallelsCreation(Creation):
     cluster_size: Size | None = None
 
 
-class QcowCreation(Creation):
+class QcowCreation(Overlay):
     """A qcow image."""
 
     driver: Literal["qcow"]
-    backing_file: str | None = None
-    backing_fmt: str | None = None
     encrypt: Encryption | None = None
 
 
-class Qcow2Creation(Creation):
+class Qcow2Creation(Overlay):
     """A qcow2 image."""
 
     driver: Literal["qcow2"]
     extended_l2: bool | None = None
     version: Literal["v2", "v3"] | None = None
-    backing_file: str | None = None
-    backing_fmt: str | None = None
     encrypt: Encryption | None = None
     cluster_size: Size | None = None
     preallocation: Preallocation | None = None
@@ -98,12 +99,10 @@ class Qcow2Creation(Creation):
     compression_type: Literal["zlib", "zstd"] | None = None
 
 
-class QedCreation(Creation):
+class QedCreation(Overlay):
     """A QED image."""
 
     driver: Literal["qed"]
-    backing_file: str | None = None
-    backing_fmt: str | None = None
     cluster_size: Size | None = None
     table_size: Size | None = None
 

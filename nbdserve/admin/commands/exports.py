@@ -6,6 +6,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 
 from pydantic import Field, Tag
 
+from nbdserve.admin.blockdev import InetAddress, UnixPath
 from nbdserve.admin.command import Command
 from nbdserve.admin.commands.bitmaps import BitmapOrName
 from nbdserve.admin.control import Control
@@ -15,19 +16,6 @@ from nbdserve.admin.schema import Arguments, Nothing, Result, Uint32, union
 from nbdserve.bitmaps.bitmap import DirtyBitmap
 from nbdserve.exports.export import Export
 from nbdserve.server.addresses import Address, TcpAddress, parse_port, unix_address
-
-
-class InetAddress(Arguments):
-    """InetSocketAddress."""
-
-    host: str
-    port: str
-
-
-class UnixPath(Arguments):
-    """UnixSocketAddress."""
-
-    path: str
 
 
 class InetBranch(Arguments):

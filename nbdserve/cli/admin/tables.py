@@ -21,7 +21,7 @@ def as_table(result: Any) -> RenderableType | str:
     Objects of many members are shown one below the other.
     """
     if isinstance(result, Sequence) and not isinstance(result, str) and all(isinstance(item, dict) for item in result):
-        return _rows(result) if result else ""
+        return _rows(result) if result else "none"
     if isinstance(result, Mapping):
         return _members(result) if result else ""
     return result.replace("\r\n", "\n").rstrip("\n") if isinstance(result, str) else json.dumps(result)
