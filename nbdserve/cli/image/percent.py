@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
-from typing import Final
 
+from nbdserve.cli.image.progress import watched
 from nbdserve.jobs.job import Job
-
-_REDRAW_SECONDS: Final = 0.1
 
 
 async def run_shown(job: Job, *, progress: bool) -> None:
@@ -16,18 +13,12 @@ async def run_shown(job: Job, *, progress: bool) -> None:
     if not progress:
         await job.result()
         return
-    running = asyncio.ensure_future(job.result())
     _print(0.0)
     try:
-        while not running.done():
-            await asyncio.wait([running], timeout=_REDRAW_SECONDS)
-            _print(100 * job.current_progress / job.total_progress if job.total_progress else 0.0)
-        await running
+        await watched(
+            job, lambda: _print(100 * job.current_progress / job.total_progress if job.total_progress else 0.0)
+        )
         _print(100.0)
-    except asyncio.CancelledError:
-        running.cancel()
-        await asyncio.wait([running])
-        raise
     finally:
         print(flush=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
 from typing import Final
 
 from nbdserve.jobs.job import Job
@@ -38,14 +39,23 @@ async def run_job(job: Job, what: str, *, progress: bool) -> None:
     )
     with Progress(*columns, console=Console(file=sys.stderr), auto_refresh=False) as bar:
         shown = bar.add_task(what, total=job.total_progress)
-        running = asyncio.ensure_future(job.result())
-        try:
-            while not running.done():
-                await asyncio.wait([running], timeout=_REDRAW_SECONDS)
-                bar.update(shown, completed=job.current_progress, total=job.total_progress)
-                bar.refresh()
-        except asyncio.CancelledError:
-            running.cancel()
-            await asyncio.wait([running])
-            raise
-        await running
+
+        def show() -> None:
+            bar.update(shown, completed=job.current_progress, total=job.total_progress)
+            bar.refresh()
+
+        await watched(job, show)
+
+
+async def watched(job: Job, show: Callable[[], None]) -> None:
+    """Run ``job`` to its end, and call ``show`` from time to time and at the end. Raises the job's error."""
+    running = asyncio.ensure_future(job.result())
+    try:
+        while not running.done():
+            await asyncio.wait([running], timeout=_REDRAW_SECONDS)
+            show()
+    except asyncio.CancelledError:
+        running.cancel()
+        await asyncio.wait([running])
+        raise
+    await running
