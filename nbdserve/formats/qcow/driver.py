@@ -24,7 +24,7 @@ from nbdserve.formats.tables import Table, Words
 from nbdserve.formats.two_level.driver import TwoLevelDriver
 from nbdserve.formats.two_level.entries import BAD_ENTRY, FLAG
 from nbdserve.formats.unit_cache import UnitCache
-from nbdserve.storage.base import Storage
+from nbdserve.storage.base import ReadBuffer, Storage
 from nbdserve.units import SECTOR_SIZE, align_down, align_up, div_ceil
 
 
@@ -157,6 +157,32 @@ class QcowDriver(TwoLevelDriver):
         host_offset, length = self.geometry.compressed_range(entry)
         decompress = partial(inflate, size=self.cluster_size, window_bits=DEFLATE_4K_WINDOW)
         return align_down(offset, self.cluster_size), await self._units.read(entry, host_offset, length, decompress)
+
+    async def write_compressed(self, offset: int, data: ReadBuffer) -> None:
+        """Compress on the worker threads, and pack the results one behind the other."""
+        from nbdserve.formats.qcow.compressing import write_compressed  # noqa: PLC0415  (works on drivers)
+
+        await write_compressed(self, offset, memoryview(data))
+
+    def take_clusters(self, offset: int, count: int) -> int | None:
+        """Host offset of ``count`` new clusters behind each other; None: ``prepare`` must be awaited first."""
+        if self._writable_slice(offset) is None or not self._has_room(count * self.cluster_size):
+            return None
+        return self._space.take_whole(count)[0]
+
+    def give_clusters(self, host_offset: int, count: int) -> None:
+        """Give back what ``take_clusters`` gave."""
+        self._space.free(host_offset, count)
+
+    def publish_compressed(self, offset: int, entry: int) -> bool:
+        """Let the cluster at ``offset``, no data cluster, be what ``entry`` says; False: ``prepare`` comes first."""
+        table = self._writable_slice(offset)
+        if table is None:
+            return False
+        index = (offset >> self._bits) & self._slice_mask
+        table.entries[index] = entry
+        table.touch(index, index + 1)
+        return True
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> int | None:
         """Without a backing file entries of 0 read as zeroes; data clusters are left to be zeroed where they are.

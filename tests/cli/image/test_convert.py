@@ -169,6 +169,21 @@ def test_compressed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: li
         assert target.stat().st_size <= stock.stat().st_size * 1.1
 
 
+def test_compressed_qcow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    noise = random.Random(0).randbytes(70000)
+    source.write_bytes((b"text that repeats " * 40000 + noise + bytes(300000) + b"end" * 30000).ljust(SIZE - 512, b"."))
+    converted(monkeypatch, "-c", "-f", "raw", "-O", "qcow", source, target)
+    same(source, "raw", target, "qcow")
+    assert image(monkeypatch, "check", target).code == 0
+    assert 70000 < target.stat().st_size < 150000  # qemu-img 7.2 fails here, and says nothing
+    # Once more, over what is there: what is stored plainly stays so.
+    source.write_bytes(source.read_bytes()[::-1])
+    converted(monkeypatch, "-c", "-n", "-f", "raw", "-O", "qcow", source, target)
+    same(source, "raw", target, "qcow")
+    assert image(monkeypatch, "check", target).code in (0, 3)
+
+
 def test_compressed_over_a_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make(tmp_path / "base.raw", "raw", 1)
     made = make(tmp_path / "source", "qcow2", 2, base=base)
