@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.processes import interruptible
 from tests.interop.hostile import (
     CLUSTER,
     NBDSERVE,
@@ -500,10 +501,8 @@ def test_full_disk(tmp_path: Path, kind: str, image_format: str) -> None:
 def test_interrupted_creation_leaves_nothing(tmp_path: Path, image_format: str) -> None:
     target = tmp_path / "new"
     argv = [NBDSERVE, "image", "create", "-f", image_format, "-o", "preallocation=full", str(target), "3G"]
-    # A shell lets what it starts in the background ignore SIGINT, and children inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    signal.signal(signal.SIGINT, before)
+    with interruptible():
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 20
         while not (target.exists() and target.stat().st_blocks):

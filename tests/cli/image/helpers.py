@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from nbdserve.cli.boundary import guarded
 from nbdserve.cli.main import PROGRAM, _run
+from tests.cli.processes import SECONDS, interruptible, started
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def hanging(real):
             left -= 1
             if left < 0:
                 print("in the middle", flush=True)
-                await asyncio.sleep(3600)
+                while not any(task.cancelling() for task in asyncio.all_tasks()):
+                    await asyncio.sleep(0.02)
         await real(self, *arguments)
     return method
 
@@ -120,17 +122,15 @@ main()
 
 
 def interrupted(*arguments: str | Path) -> Ran:
-    """``nbdserve image ARGUMENTS`` in a process of its own, which gets SIGINT at the second write of ``MARK``."""
-    with subprocess.Popen(
-        [sys.executable, "-c", _HANGS, "image", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
+    """``nbdserve image ARGUMENTS`` in a process of its own, which gets SIGINT at the second write of ``MARK``.
+
+    That write lasts until then, and is done if it is not cut short.
+    """
+    with interruptible(), started(sys.executable, "-c", _HANGS, "image", *arguments) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "in the middle\n"
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
+        out, err = process.communicate(timeout=SECONDS)
     return Ran(process.returncode, out, err)
 
 
