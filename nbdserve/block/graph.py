@@ -46,6 +46,9 @@ async def open_image(spec: ImageSpec, roots: ImageRoots | None = None) -> Node:
     if spec.format != "raw" and (spec.offset or spec.size is not None):
         spec = await _window(spec, roots)
     layers: list[FormatDriver] = []
+    if _may_change_at_open(spec):
+        async with AsyncExitStack() as files:
+            await _open_layers(replace(spec, read_only=True), roots, [], files)
     async with AsyncExitStack() as files:
         probed_raw = await _open_layers(spec, roots, layers, files)
         _refuse_idle_secret(spec, layers)
@@ -59,6 +62,17 @@ async def open_image(spec: ImageSpec, roots: ImageRoots | None = None) -> Node:
         writethrough=spec.writethrough,
         guard_probed_raw=probed_raw and not layers[0].read_only,
     )
+
+
+def _may_change_at_open(spec: ImageSpec) -> bool:
+    """Whether the chain is opened to be read first, so that a layer below that cannot be opened is met before.
+
+    Some formats repair an image, or replay its log, when it is opened for writing. Left out are what can be opened only
+    once, and what is encrypted, whose passphrase takes seconds.
+    """
+    if spec.read_only or spec.overlay or spec.snapshot is not None or spec.backing is None or spec.format == "raw":
+        return False
+    return spec.file is None and spec.nbd is None and spec.opened is None and spec.secret is None
 
 
 async def _window(spec: ImageSpec, roots: ImageRoots) -> ImageSpec:

@@ -237,6 +237,23 @@ async def test_a_damaged_backing_file_leaves_the_top_as_it_was(tmp_path: Path) -
     assert str(tmp_path / "base.qcow2") in await _refused(tmp_path, _spec(top))
 
 
+async def test_what_is_mended_at_open_is_not_touched_when_a_layer_below_cannot_be_opened(tmp_path: Path) -> None:
+    vm, base, top = _raw(tmp_path / "vm.img", b"r"), _raw(tmp_path / "base", b"b"), tmp_path / "top"
+    raw, storage = await FileStorage.open(str(vm), read_only=False), await FileStorage.open(str(top), create=True)
+    options = {"backing_file": "base", "backing_fmt": "raw", "raw_file": "vm.img"}
+    await RawCowDriver.create(storage, SIZE, options, companions=[raw])
+    await raw.close()
+    await storage.close()
+    os.truncate(vm, SIZE // 2)
+    base.rename(tmp_path / "elsewhere")
+    assert "backing file" in await _refused(tmp_path, _spec(top, "raw-cow"))
+    (tmp_path / "elsewhere").rename(base)
+    node = await open_image(_spec(top, "raw-cow"))
+    assert vm.stat().st_size == SIZE
+    assert await node.read(0, SIZE) == b"b" * SIZE
+    await node.close()
+
+
 @needs_qemu
 @pytest.mark.parametrize("name", ["../out.data", "nbd:x", "absent.data"])
 async def test_a_data_file_outside_the_roots_is_refused(tmp_path: Path, name: str) -> None:
