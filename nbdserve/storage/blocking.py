@@ -32,6 +32,8 @@ FullRead: TypeAlias = Callable[[int, int, memoryview], None]
 """``read_fully``, or its direct I/O form: ``(fd, offset, buffer)``."""
 FullWrite: TypeAlias = Callable[[int, int, ReadBuffer], None]
 """``write_fully``, or its direct I/O form: ``(fd, offset, data)``."""
+Pieces: TypeAlias = Sequence[tuple[int, ReadBuffer]]
+"""Offsets, and what is to be written there."""
 
 _MODE: Final = 0o644
 _PAGE_SIZE: Final = os.sysconf("SC_PAGE_SIZE")
@@ -73,6 +75,21 @@ def read_fully(fd: int, offset: int, buffer: memoryview) -> None:
             fill_zeroes(buffer[done:])
             return
         done += count
+
+
+class SyncError(OSError):
+    """It was the sync that failed, not a write before it."""
+
+
+def write_and_sync(
+    write_each: Callable[[FullWrite, int, Pieces], None], write: FullWrite, fd: int, pieces: Pieces
+) -> None:
+    """Write all, as ``write_each`` does it with ``write``, and fdatasync. OSError, SyncError."""
+    write_each(write, fd, pieces)
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        raise SyncError(*error.args) from error
 
 
 def read_all(read: FullRead, fd: int, pieces: Sequence[tuple[int, memoryview]]) -> None:

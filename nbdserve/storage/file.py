@@ -47,10 +47,6 @@ _KINDS: Final = {
 }
 
 
-class _SyncError(OSError):
-    """It was the sync that failed, not a write before it."""
-
-
 class FileStorage(Storage):
     """A file descriptor as storage, on the worker pool of the running event loop.
 
@@ -60,6 +56,8 @@ class FileStorage(Storage):
 
     identity: tuple[int, int]
     """``(st_dev, st_ino)``: equal for two names of one file."""
+    is_device: bool
+    """It is a block device."""
 
     def __init__(self, fd: int, path: str, *, cache: str = "writeback") -> None:
         """Take over ``fd``; callers use ``open`` or ``from_fd``. A failed call leaves ``fd`` open."""
@@ -75,7 +73,7 @@ class FileStorage(Storage):
         self.read_only = flags & os.O_ACCMODE == os.O_RDONLY
         self.identity = (status.st_dev, status.st_ino)
         self._fd = fd
-        self._is_device = stat.S_ISBLK(mode)
+        self.is_device = stat.S_ISBLK(mode)
         self._unsafe = cache == "unsafe"
         self._pool = worker_pool()
         self._failure: str | None = None
@@ -91,13 +89,13 @@ class FileStorage(Storage):
         self._changes = 1
         """Changes completed; counted at their end, because a flush covers no more than what was complete before it."""
         self._stable_changes = 0
-        self._block_size = logical_block_size(fd) if self._is_device else 1
-        self._in_memory = not self._is_device and file_system_type(fd) in _MEMORY_FILE_SYSTEMS
+        self._block_size = logical_block_size(fd) if self.is_device else 1
+        self._in_memory = not self.is_device and file_system_type(fd) in _MEMORY_FILE_SYSTEMS
         self._direct = self._make_direct(flags) if cache in ("none", "directsync") else None
         self._read_fully = blocking.read_fully if self._direct is None else self._direct.read_fully
         self._write_fully = blocking.write_fully if self._direct is None else self._direct.write_fully
         self._write_each = aio.write_all if self._direct is None else aio.write_singly
-        self.grows_zeroed = not self._is_device
+        self.grows_zeroed = not self.is_device
         self.size = 0
         self._measure()
         self._choose_attempts()
@@ -148,7 +146,7 @@ class FileStorage(Storage):
             storage = cls(fd, path, cache=cache)
             if locking:
                 await worker_pool().run(lock_image, fd, path, not storage.read_only, force_share)
-            if empty and not storage._is_device:
+            if empty and not storage.is_device:
                 await storage.truncate(0)
         except BaseException:
             os.close(fd)
@@ -169,17 +167,12 @@ class FileStorage(Storage):
             raise ImageError(
                 self.path, "its file system has no direct I/O, which cache=none needs", hint=hint
             ) from error
-        self.alignment = self._block_size if self._is_device else direct_io_alignment(self._fd)
-        return DirectFile(self.alignment, fixed_size=self._is_device)
-
-    @property
-    def is_device(self) -> bool:
-        """It is a block device."""
-        return self._is_device
+        self.alignment = self._block_size if self.is_device else direct_io_alignment(self._fd)
+        return DirectFile(self.alignment, fixed_size=self.is_device)
 
     def _measure(self) -> None:
         """Set ``size`` from the file; fstat and lseek answer from memory."""
-        self.size = os.lseek(self._fd, 0, os.SEEK_END) if self._is_device else os.fstat(self._fd).st_size
+        self.size = os.lseek(self._fd, 0, os.SEEK_END) if self.is_device else os.fstat(self._fd).st_size
 
     # --- without blocking ----------------------------------------------------------------------------------------
 
@@ -312,20 +305,13 @@ class FileStorage(Storage):
             return
         before = self._changes
         try:
-            await self._change(self._write_and_sync, self._fd, pieces)
-        except _SyncError as error:
+            await self._change(blocking.write_and_sync, self._write_each, self._write_fully, self._fd, pieces)
+        except blocking.SyncError as error:
             self._fail(error)
             self._check_writable()
         finally:
             self._measure()
         self._stable_changes = self._changes if self._changes == before + 1 else max(before, self._stable_changes)
-
-    def _write_and_sync(self, fd: int, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
-        self._write_each(self._write_fully, fd, pieces)
-        try:
-            os.fdatasync(fd)
-        except OSError as error:
-            raise _SyncError(*error.args) from error
 
     async def zero(self, offset: int, length: int, *, unmap: bool = True, fast: bool = False) -> None:
         self._check_writable()
@@ -346,7 +332,7 @@ class FileStorage(Storage):
         with self._gate(offset, length):
             if start == stop:
                 done = False
-            elif self._is_device:
+            elif self.is_device:
                 done = blocking.try_zero_device(fd, start, stop - start, unmap, fast)
             else:
                 done = blocking.try_zero_file(fd, start, stop - start, unmap)
@@ -369,7 +355,7 @@ class FileStorage(Storage):
 
     def _discard(self, fd: int, offset: int, length: int) -> None:
         with self._gate(offset, length):
-            if self._is_device:
+            if self.is_device:
                 blocking.discard_device(fd, offset, length, self._block_size)
             else:
                 blocking.discard_file(fd, offset, length)
@@ -377,7 +363,7 @@ class FileStorage(Storage):
     async def truncate(self, size: int) -> None:
         """Set the size. A block device keeps its own: OSError(EINVAL) when ``size`` is larger."""
         self._check_writable()
-        if self._is_device:
+        if self.is_device:
             if size > self.size:
                 raise OSError(errno.EINVAL, f"{self.path}: a block device cannot grow")
             return
@@ -387,7 +373,7 @@ class FileStorage(Storage):
             self._measure()
 
     async def extend(self, size: int) -> None:
-        if self._is_device:
+        if self.is_device:
             await self.truncate(max(size, self.size))
             return
         try:
@@ -403,7 +389,7 @@ class FileStorage(Storage):
         return await self._run(blocking.seek_map, self._fd, offset, length, self.size, max_runs)
 
     def allocated_size(self) -> int:
-        return self.size if self._is_device else os.fstat(self._fd).st_blocks * 512
+        return self.size if self.is_device else os.fstat(self._fd).st_blocks * 512
 
     # --- durability ----------------------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ def content_of(*layers: str) -> str:
 
 CONTENT: Final = content_of(*LAYERS)
 READS: Final = ("read_fully", "read_all", "seek_map", "open_image_file")
-WRITES: Final = ("write_fully", "write_all", "_write_and_sync", "_zero", "_discard", "_truncate", "extend_file")
+WRITES: Final = ("write_fully", "write_all", "write_and_sync", "_zero", "_discard", "_truncate", "extend_file")
 SYNCS: Final = ("fdatasync", "sync_directory_of")
 
 

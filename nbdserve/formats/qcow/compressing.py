@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 from nbdserve.errors import RequestError
 from nbdserve.extents import DATA
 from nbdserve.formats.deflate import deflate_all
+from nbdserve.formats.new_cluster import write_new
 from nbdserve.formats.qcow.layout import CRYPT_NONE
 from nbdserve.formats.two_level.entries import FLAG
 from nbdserve.storage.pool import worker_pool
@@ -56,14 +57,7 @@ async def _write_plain(driver: QcowDriver, offset: int, data: memoryview) -> Non
     if run[0] == DATA:
         await driver.data.write(run[2], data)
         return
-    while (allocation := driver.allocate(offset, len(data))) is None:
-        await driver.prepare(offset, len(data))
-    try:
-        await driver.data.write(allocation.host_offset, data)
-    except Exception:
-        driver.abandon(allocation)
-        raise
-    driver.publish(allocation)
+    await write_new(driver, offset, data)
 
 
 async def _store(driver: QcowDriver, packed: list[tuple[int, bytes]]) -> None:

@@ -10,6 +10,7 @@ import zstandard
 
 from nbdserve.errors import RequestError
 from nbdserve.formats.deflate import deflate
+from nbdserve.formats.new_cluster import write_new
 from nbdserve.formats.qcow2.layout import COMPRESSION_ZSTD, compressed_entry
 from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.pool import worker_pool
@@ -64,7 +65,8 @@ async def _store(driver: Qcow2Driver, offset: int, data: memoryview, stored: lis
     for number, unit in enumerate(stored):
         at = offset + number * size
         if unit is None:
-            await _write_plain(driver, at, data[number * size : (number + 1) * size])
+            # It does not get smaller.
+            await write_new(driver, at, data[number * size : (number + 1) * size])
             continue
         while (host_offset := driver.take_bytes(len(unit))) is None:
             await driver.prepare(at, size)
@@ -92,15 +94,3 @@ def _joined(placed: list[tuple[int, int, bytes]]) -> list[tuple[int, ReadBuffer]
             runs.append((host_offset, [unit]))
         end = host_offset + len(unit)
     return [(host_offset, b"".join(units)) for host_offset, units in runs]
-
-
-async def _write_plain(driver: Qcow2Driver, offset: int, data: memoryview) -> None:
-    """A cluster that does not get smaller is stored as it is."""
-    while (allocation := driver.allocate(offset, len(data))) is None:
-        await driver.prepare(offset, len(data))
-    try:
-        await driver.data.write(allocation.host_offset, data)
-    except Exception:
-        driver.abandon(allocation)
-        raise
-    driver.publish(allocation)
