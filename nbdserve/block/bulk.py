@@ -144,8 +144,8 @@ class _Plan:
                 else:
                     length = await self._allocate(at, data[position : position + length])
                 position += length
-        except BaseException as error:
-            self._fail(error)
+        except BaseException:
+            self._end(node.top.abandon)
             raise
         return True
 
@@ -166,20 +166,15 @@ class _Plan:
         try:
             if self._pieces:
                 await self._node.data.write_all(self._pieces)
-        except BaseException as error:
-            self._fail(error)
+        except BaseException:
+            self._end(self._node.top.abandon)
             raise
         self._end(self._node.publish)
 
-    def _fail(self, error: BaseException) -> None:
-        # A cancelled write may still be under way in a worker thread: its space is then leaked, never reused.
-        self._end(self._node.top.abandon if isinstance(error, Exception) else None)
-
-    def _end(self, settle: Callable[[Allocation], None] | None) -> None:
+    def _end(self, settle: Callable[[Allocation], None]) -> None:
         try:
-            if settle is not None:
-                for allocation in self._allocations:
-                    settle(allocation)
+            for allocation in self._allocations:
+                settle(allocation)
         finally:
             for lock in self._locks:
                 self._node.locks.release(lock)

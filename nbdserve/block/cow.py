@@ -120,8 +120,7 @@ async def fill_new(node: Node, start: int, length: int, fill: Filling) -> Alloca
         await top.prepare(start, length)
     try:
         await fill(allocation)
-    except Exception:
-        # A cancelled write may still be under way in a worker thread: its space is then leaked, never reused.
+    except BaseException:
         top.abandon(allocation)
         raise
     node.publish(allocation)

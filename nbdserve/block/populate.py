@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Final
 
 from nbdserve.block.chain import NEEDS_TABLE, resolve
 from nbdserve.block.cow import fill_new, old_bytes, reads_zero
-from nbdserve.block.drain import uninterrupted
 from nbdserve.extents import UNALLOCATED, ZERO
 from nbdserve.formats.base import Allocation, RoomNeededError
 from nbdserve.units import MIB, align_down, align_up
@@ -78,16 +77,10 @@ async def _fill(node: Node, start: int, stop: int, kind: int) -> int:
             return min(done, end - start)
     stop = min(stop, start + max(_LONGEST, top.granularity))
     data = await old_bytes(node, start, stop)
-    # A write that is cut short leaks its space.
-    return min(await uninterrupted(_show(node, start, data)), end - start)
-
-
-async def _show(node: Node, start: int, data: bytearray) -> int:
-    """Put the start of ``data`` into new space; its length."""
 
     async def fill(allocation: Allocation) -> None:
         await node.data.write(allocation.host_offset, memoryview(data)[: allocation.length])
 
     allocation = await fill_new(node, start, len(data), fill)
     node.changes += 1
-    return allocation.length
+    return min(allocation.length, end - start)

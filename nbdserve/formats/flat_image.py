@@ -58,7 +58,7 @@ class FlatImage(FormatDriver):
         self._announced = False
         """That way is here."""
         self._outstanding = 0
-        """Units allocated, neither published nor abandoned: being written, or lost with a write that was cancelled."""
+        """Units allocated, neither published nor abandoned: being written."""
         self._guarded = self._reluctant
         """``lookup_writable`` has more to do than to look."""
 

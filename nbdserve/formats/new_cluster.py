@@ -11,8 +11,7 @@ async def write_new(driver: FormatDriver, offset: int, data: memoryview) -> None
         await driver.prepare(offset, len(data))
     try:
         await driver.data.write(allocation.host_offset, data)
-    except Exception:
-        # A cancelled write may still be under way in a worker thread: its space is then leaked, never reused.
+    except BaseException:
         driver.abandon(allocation)
         raise
     driver.publish(allocation)

@@ -70,7 +70,6 @@ class ActiveCommit(Mirror):
     """
 
     type: ClassVar[str] = "commit"
-    keeps_target: ClassVar[bool] = True
 
     def __init__(self, id: str, node: Node, base_index: int = 1, **options: Any) -> None:
         """``options`` are those of ``Mirror`` and ``Job``."""
@@ -143,7 +142,6 @@ class Commit(NodeJob):
             source.size,
             on_source_error=self._on_error,
             on_target_error=self._on_error,
-            cut_short=False,
         )
         await copy.mark(above=self._base_index - self._top_index)
         while copy.remaining:

@@ -8,7 +8,6 @@ from typing import Final, Literal
 import numpy as np
 
 from nbdserve.bitmaps.bitmap import DirtyBitmap
-from nbdserve.block.drain import uninterrupted
 from nbdserve.block.node import Node
 from nbdserve.block.pieces import write_pieces
 from nbdserve.block.watchers import Watcher
@@ -47,13 +46,10 @@ class LiveCopy(Watcher):
         on_source_error: str = "report",
         on_target_error: str = "report",
         granularity: int = GRANULARITY,
-        cut_short: bool = True,
     ) -> None:
-        """``cut_short``: when the job is cancelled, so are writes to ``target``; space of an image is leaked then."""
         self._job = job
         self._source = source
         self._target = target
-        self._cut_short = cut_short
         self._on_error = {"read": on_source_error, "write": on_target_error}
         self.work = DirtyBitmap(None, size, granularity)
         self._running: dict[asyncio.Task[None], tuple[int, int]] = {}
@@ -182,8 +178,7 @@ class LiveCopy(Watcher):
         try:
             pieces = await self._source.read_pieces(offset, data)
             operation = "write"
-            writing = write_pieces(self._target, offset, data, pieces)
-            await (writing if self._cut_short else uninterrupted(writing))
+            await write_pieces(self._target, offset, data, pieces)
         except (OSError, RequestError) as error:
             if not self._job.failed_io(operation, error, self._on_error[operation]):
                 raise

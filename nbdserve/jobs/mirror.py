@@ -60,8 +60,6 @@ class Mirror(NodeJob):
 
     type: ClassVar[str] = "mirror"
     completes: ClassVar[bool] = True
-    keeps_target: ClassVar[bool] = False
-    """The target is in use whatever becomes of the job."""
 
     def __init__(
         self,
@@ -118,7 +116,6 @@ class Mirror(NodeJob):
             on_source_error=self._on_error[0],
             on_target_error=self._on_error[1],
             granularity=self._granularity,
-            cut_short=not self.keeps_target,
         )
         async with self.node.drained():
             self.node.watch(copy)

@@ -6,6 +6,9 @@ zeroes (a sparse tail); a write past the end grows it. Errors are OSError, whose
 The ``try_`` methods are the hot path: they run on the event loop, never block, and answer False when the work
 would have to wait (page not cached, file system without RWF_NOWAIT); the caller then awaits the other form, which
 does all of the work again.
+
+A method that is cancelled raises CancelledError only when nothing of it is under way any more: its buffers are free,
+and the range it was for may be given to something else.
 """
 
 from __future__ import annotations

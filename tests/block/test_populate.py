@@ -104,23 +104,20 @@ async def test_a_failure_gives_the_space_back(monkeypatch: pytest.MonkeyPatch) -
     assert await node.read(CLUSTER, CLUSTER) == b"m" * CLUSTER
 
 
-async def test_a_write_is_not_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its space would be counted, and nothing would refer to it."""
+async def test_a_cancelled_write_gives_the_space_back(monkeypatch: pytest.MonkeyPatch) -> None:
     node = await _chain()
-    write, writing, go_on = node.data.write, asyncio.Event(), asyncio.Event()
+    writing, abandoned = asyncio.Event(), []
 
     async def slow(offset: int, data: memoryview) -> None:
         writing.set()
-        await go_on.wait()
-        await write(offset, data)
+        await asyncio.Event().wait()
 
     monkeypatch.setattr(node.data, "write", slow)
+    monkeypatch.setattr(node.top, "abandon", abandoned.append)
     filling = asyncio.create_task(populate(node, CLUSTER, CLUSTER, 3))
     await writing.wait()
     filling.cancel()
-    go_on.set()
     with pytest.raises(asyncio.CancelledError):
         await filling
-    assert _kind(node, 1) == DATA
-    assert await node.read(CLUSTER, CLUSTER) == b"m" * CLUSTER
-    assert not node.is_stable
+    assert [allocation.offset for allocation in abandoned] == [CLUSTER]
+    assert _kind(node, 1) == UNALLOCATED

@@ -10,7 +10,7 @@ import errno
 import os
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from nbdserve.errors import ConfigError, ImageError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.registry import DRIVERS, driver_for
+from nbdserve.storage.base import ReadBuffer
 from nbdserve.units import GIB, MIB, TIB
 from tests.support import images
 from tests.support.geometries import CRASH_GEOMETRIES, KITS, Geometry, Image, build, judge
@@ -79,7 +80,7 @@ async def decided(driver: FormatDriver, offset: int, length: int) -> tuple[int, 
     raise AssertionError(f"lookup({offset:#x}) has no table after load")
 
 
-async def judged(image: Image, contents: list[ByteStorage], wanted: bytes, folder: Path) -> None:
+async def judged(image: Image, contents: Sequence[ByteStorage], wanted: bytes, folder: Path) -> None:
     """After a clean close: we read ``wanted``, so do others, and no checker finds anything."""
     node = await image.open([ByteStorage(bytes(store.content), store.path) for store in contents], read_only=True)
     assert await read_all(node, node.size) == wanted
@@ -258,6 +259,52 @@ async def test_what_was_flushed_is_there_without_anything_later(geometry: Geomet
     node = await image.open(left, read_only=True)
     assert await read_all(node, node.size) == wanted
     await node.close()
+
+
+class Held(ByteStorage):
+    """Writes wait, once ``held`` is set, until ``go`` is."""
+
+    held = False
+    waiting = 0
+
+    def __init__(self, content: bytes | bytearray, path: str) -> None:
+        super().__init__(content, path)
+        self.go = asyncio.Event()
+
+    def try_write(self, offset: int, data: ReadBuffer) -> bool:
+        return not self.held and super().try_write(offset, data)
+
+    async def write(self, offset: int, data: ReadBuffer) -> None:
+        if self.held:
+            self.waiting += 1
+            await self.go.wait()
+        await super().write(offset, data)
+
+
+@pytest.mark.parametrize("geometry", CRASH_GEOMETRIES, ids=str)
+async def test_a_cancelled_write_leaves_no_leak(geometry: Geometry, tmp_path: Path) -> None:
+    image = build(geometry)
+    stores = [Held(store.content, store.path) for store in stores_of(image)]
+    node = await image.open(stores)
+    await node.write(0, image.guest[:512])
+    for store in stores:
+        store.held = True
+    unit = max(node.top.cluster_size, 4096)
+    ranges = [(at, min(unit, node.size - at)) for at in range(0, node.size, max(unit, node.size // 40))]
+    writes = [asyncio.create_task(node.write(at, image.guest[at : at + length])) for at, length in ranges]
+    bulk = asyncio.create_task(node.write_all([(at, image.guest[at : at + length]) for at, length in ranges[::2]]))
+    while sum(store.waiting for store in stores) == 0:
+        await asyncio.sleep(0)
+    for write in (*writes, bulk):
+        write.cancel()
+    for store in stores:
+        store.held = False
+        store.go.set()
+    results = await asyncio.gather(*writes, bulk, return_exceptions=True)
+    assert any(isinstance(result, asyncio.CancelledError) for result in results)
+    assert await read_all(node, node.size) == image.guest
+    await node.close()
+    await judged(image, stores, image.guest, tmp_path)
 
 
 @pytest.mark.parametrize("geometry", CRASH_GEOMETRIES, ids=str)

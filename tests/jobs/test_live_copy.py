@@ -13,7 +13,7 @@ from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.memory import MemoryStorage
 from nbdserve.units import KIB, MIB
 from tests.block.layers import overlay, raw_node
-from tests.jobs.examples import Scripted, settle
+from tests.jobs.examples import Scripted
 
 
 async def _copy(source: Node, target: Node, **options: str) -> LiveCopy:
@@ -118,35 +118,6 @@ async def test_an_area_in_flight_is_not_copied_twice_at_once() -> None:
         await copy.sweep()
     assert storage.most == 1
     assert await copy._target.read(0, 256 * KIB) == b"b" * 256 * KIB
-
-
-@pytest.mark.parametrize("cut_short", [True, False])
-async def test_a_write_to_a_target_that_stays_is_not_cut_short(cut_short: bool) -> None:
-    gate, done = asyncio.Event(), []
-
-    class Slow(MemoryStorage):
-        def try_write(self, offset: int, data: ReadBuffer) -> bool:
-            return False
-
-        async def write(self, offset: int, data: ReadBuffer) -> None:
-            begun.set()
-            await gate.wait()
-            done.append(offset)
-
-    begun = asyncio.Event()
-    source = await raw_node(MemoryStorage(b"a" * GRANULARITY))
-    target = await raw_node(Slow(bytes(GRANULARITY)))
-    copy = LiveCopy(Scripted(), source, target, source.size, cut_short=cut_short)
-    await copy.mark()
-    sweep = asyncio.create_task(copy.sweep())
-    await begun.wait()
-    sweep.cancel()
-    await settle()
-    assert sweep.done() == cut_short
-    gate.set()
-    with pytest.raises(asyncio.CancelledError):
-        await sweep
-    assert done == ([] if cut_short else [0])
 
 
 async def test_what_was_not_copied_is_marked_again() -> None:

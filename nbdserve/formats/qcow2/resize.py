@@ -211,7 +211,7 @@ async def _copy_unit(driver: Qcow2Driver, start: int) -> None:
     try:
         content = await _own_content(driver, unit, start - unit)
         await driver.data.write(allocation.host_offset, bytes(content).ljust(allocation.length, b"\0"))
-    except Exception:
+    except BaseException:
         driver.abandon(allocation)
         raise
     driver.publish(allocation)
@@ -265,7 +265,7 @@ async def _allocate(driver: Qcow2Driver, start: int, end: int, mode: str) -> Non
             end_of_file = allocation.host_offset + align_up(allocation.length, driver.cluster_size)
             if not driver.external and driver.storage.size < end_of_file:
                 await driver.storage.truncate(end_of_file)
-        except Exception:
+        except BaseException:
             driver.abandon(allocation)
             raise
         driver.publish(allocation)
