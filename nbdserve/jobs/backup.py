@@ -93,8 +93,9 @@ class Backup(NodeJob):
             while self._sync == "none":
                 await self.sleep(_IDLE_SECONDS)
                 self.current_progress = moment.copied
-            while moment.todo.count():
+            while moment.todo.count() or moment.is_copying:
                 await self._sweep(moment)
+                await moment.settle()
         finally:
             await self._in_flight.cancel()
         await self._target.flush()

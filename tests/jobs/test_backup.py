@@ -17,6 +17,7 @@ from nbdserve.formats.raw import RawDriver
 from nbdserve.jobs.backup import Backup
 from nbdserve.jobs.status import JobStatus
 from nbdserve.storage.memory import MemoryStorage
+from tests.block.layers import raw_node
 from tests.jobs.chains import SIZE, UNIT, begin, chain, letters, make, opened, until
 from tests.jobs.examples import settle
 from tests.jobs.test_mirror import Full
@@ -51,6 +52,42 @@ async def test_what_clients_change_meanwhile_is_kept_first(tmp_path: Path) -> No
     assert not node.busy_with
     assert await opened(tmp_path / "target.qcow2") == "aaaaa"
     await node.close()
+
+
+async def test_it_waits_for_the_copy_that_a_client_waits_for() -> None:
+    class Slow(MemoryStorage):
+        async def read_into(self, offset: int, buffer: memoryview) -> None:
+            if offset == 0:
+                reading.set()
+                await go_on.wait()
+            await super().read_into(offset, buffer)
+
+    reading, go_on = asyncio.Event(), asyncio.Event()
+    kept = MemoryStorage(bytes(SIZE))
+    node, target = await raw_node(Slow(b"a" * SIZE)), await raw_node(kept)
+    at_the_end: list[bytes] = []
+
+    def finished(done: bool, left: DirtyBitmap | None) -> None:
+        assert done
+        buffer = bytearray(SIZE)
+        assert kept.try_read_into(0, memoryview(buffer))
+        at_the_end.append(bytes(buffer))
+
+    job = Backup("job", node, target, finished=finished)
+    job.hold()
+    begin(job)
+    client = asyncio.create_task(node.write(0, b"b" * 512))
+    await reading.wait()
+    job.release()
+    while await target.read(SIZE - UNIT, UNIT) != b"a" * UNIT:
+        await settle(1)
+    await settle()
+    go_on.set()
+    await client
+    await job.wait()
+    assert job.error is None
+    assert at_the_end == [b"a" * SIZE]
+    assert await node.read(0, 513) == b"b" * 512 + b"a"
 
 
 async def test_the_top_layer_alone(tmp_path: Path) -> None:

@@ -80,6 +80,16 @@ class CopyBeforeWrite(Watcher):
             for done in others:
                 await done.wait()
 
+    @property
+    def is_copying(self) -> bool:
+        """A copy is under way: what it is for is not marked, and not in ``target`` yet."""
+        return bool(self._copying)
+
+    async def settle(self) -> None:
+        """Wait until no copy is under way."""
+        while self._copying:
+            await next(iter(self._copying)).wait()
+
     async def read_into(self, offset: int, buffer: memoryview) -> None:
         """The bytes of the moment. OSError, RequestError; EIO where they are lost."""
         async with self._source.gate, self._source.gate.passing():
