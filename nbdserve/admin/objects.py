@@ -1,15 +1,32 @@
-"""Objects that commands make: secrets, throttle groups, I/O threads."""
+"""Objects that commands make: secrets, authorization lists, throttle groups, I/O threads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import Field
 
 from nbdserve.admin.errors import WELL_FORMED, QmpError
-from nbdserve.admin.schema import validated
+from nbdserve.admin.schema import Arguments, validated
 from nbdserve.admin.throttling import LimitsProperty, ThrottleLimits, merged, shown
 from nbdserve.block.filters.throttle import Limits, ThrottleGroup
+
+
+class AuthzRule(Arguments):
+    """What becomes of an identity that is ``match``, or is like it."""
+
+    match: str
+    policy: Literal["allow", "deny"]
+    format: Literal["exact", "glob"] = "exact"
+
+
+class AuthzList(Arguments):
+    """The first rule that fits decides; without one, ``policy``."""
+
+    policy: Literal["allow", "deny"] = "deny"
+    rules: list[AuthzRule] = Field(default=[])
 
 
 @dataclass(eq=False)
@@ -49,6 +66,24 @@ class ThrottleGroupEntry(ObjectEntry):
             super().set(name, value)
         given = validated(LimitsProperty, {"limits": value})
         self.throttle.set_limits(merged(self.throttle.limits, given.limits))
+
+
+class AuthzListEntry(ObjectEntry):
+    """Which identities are let in. Only a TLS client has one."""
+
+    def __init__(self, identity: str, given: AuthzList) -> None:
+        super().__init__(identity, "authz-list")
+        self._list = given
+
+    def shown(self) -> dict[str, Any]:
+        return super().shown() | self._list.model_dump(include={"policy", "rules"})
+
+    def set(self, name: str, value: Any) -> None:
+        """``policy`` or ``rules``. QmpError."""
+        if name not in AuthzList.model_fields:
+            super().set(name, value)
+        given = validated(AuthzList, {name: value})
+        self._list = self._list.model_copy(update={name: getattr(given, name)})
 
 
 class ObjectTable:

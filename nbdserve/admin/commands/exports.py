@@ -95,9 +95,12 @@ class BlockExportInfo(Result):
 
 async def nbd_server_start(control: Control, arguments: ServerStart) -> None:
     """Listen on an address, besides those the server was started with."""
-    for name, kind in ((arguments.tls_creds, "TLS credentials"), (arguments.tls_authz, "authorization object")):
-        if name is not None:
-            raise QmpError(f"No {kind} with id '{name}'")
+    if arguments.tls_creds is not None:
+        if control.objects.find(arguments.tls_creds) is not None:
+            raise QmpError(f"Object with id '{arguments.tls_creds}' is not TLS credentials")
+        raise QmpError(f"No TLS credentials with id '{arguments.tls_creds}'")
+    if arguments.tls_authz is not None:
+        raise QmpError("'tls-authz' judges the identities of TLS clients: give 'tls-creds' as well, or leave it out")
     await control.exports.start_server(_address(arguments.addr), arguments.max_connections)
 
 

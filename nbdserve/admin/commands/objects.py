@@ -10,7 +10,7 @@ from pydantic import Tag
 from nbdserve.admin.command import Command
 from nbdserve.admin.control import Control
 from nbdserve.admin.errors import QmpError
-from nbdserve.admin.objects import ObjectEntry, ThrottleGroupEntry
+from nbdserve.admin.objects import AuthzList, AuthzListEntry, ObjectEntry, ThrottleGroupEntry
 from nbdserve.admin.schema import Arguments, Int, union
 from nbdserve.admin.throttling import ThrottleLimits
 
@@ -43,6 +43,13 @@ class IoThread(Arguments):
     poll_shrink: Int | None = None
 
 
+class AuthzListOptions(AuthzList):
+    """Which identities are let in."""
+
+    qom_type: Literal["authz-list"]
+    id: str
+
+
 class TlsCredentials(Arguments):
     """Known, and refused."""
 
@@ -59,6 +66,7 @@ class TlsCredentials(Arguments):
 
 ObjectOptions: TypeAlias = Annotated[
     Annotated[SecretObject, Tag("=secret")]
+    | Annotated[AuthzListOptions, Tag("=authz-list")]
     | Annotated[ThrottleGroupOptions, Tag("=throttle-group")]
     | Annotated[IoThread, Tag("=iothread")]
     | Annotated[TlsCredentials, Tag("=tls-creds-anon")]
@@ -78,7 +86,13 @@ async def object_add(control: Control, options: ObjectOptions) -> None:
     """A new object."""
     control.objects.check_new(options.id)
     if isinstance(options, TlsCredentials):
-        raise QmpError(f"'{options.qom_type}': TLS is not supported yet")
+        raise QmpError(
+            f"'{options.qom_type}': TLS is not supported yet; listen on a unix socket or on loopback, "
+            "and let a tunnel encrypt"
+        )
+    if isinstance(options, AuthzListOptions):
+        control.objects.add(AuthzListEntry(options.id, options))
+        return
     if isinstance(options, ThrottleGroupOptions):
         control.objects.add(ThrottleGroupEntry(options.id, options.limits))
         return

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.admin.answers import ALL
 from tests.admin.clients import RawClient, needs_daemon, storage_daemon
 from tests.admin.images import make_images, needs_images
-from tests.admin.qemu_answers import ALL
 
 
 def check(client: RawClient, directory: Path, rows: list[tuple[str, dict[str, Any], str | None]]) -> None:

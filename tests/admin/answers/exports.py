@@ -1,0 +1,65 @@
+"""What qemu-storage-daemon answers to commands about exports, and the NBD server."""
+
+from tests.admin.answers.row import Row
+
+ROWS: list[Row] = [
+    ("blockdev-add", {"driver": "raw", "node-name": "r", "file": {"driver": "file", "filename": "{D}/b.raw"}}, None),
+    ("blockdev-add", {"driver": "null-co", "node-name": "n0"}, None),
+    ("block-export-add", {"type": "nbd", "id": "e1", "node-name": "r"}, "NBD server not running"),
+    ("nbd-server-start", {}, "Parameter 'addr' is missing"),
+    ("nbd-server-start", {"addr": {}}, "Parameter 'addr.type' is missing"),
+    ("nbd-server-start", {"addr": {"type": "unix"}}, "Parameter 'addr.data' is missing"),
+    ("nbd-server-start", {"addr": {"type": "unix", "data": {}}}, "Parameter 'addr.data.path' is missing"),
+    ("nbd-server-start", {"addr": {"type": "unix", "path": "/x"}}, "Parameter 'addr.data' is missing"),
+    (
+        "nbd-server-start",
+        {"addr": {"type": "inet", "data": {"host": "127.0.0.1", "port": 5}}},
+        "Invalid parameter type for 'addr.data.port', expected: string",
+    ),
+    ("nbd-server-stop", {}, "NBD server not running"),
+    ("nbd-server-start", {"addr": {"type": "unix", "data": {"path": "{D}/n.sock"}}}, None),
+    ("nbd-server-start", {"addr": {"type": "unix", "data": {"path": "{D}/n2.sock"}}}, "NBD server already running"),
+    ("block-export-add", {"type": "nbd", "id": "e1", "node-name": "zz"}, "Cannot find device='' nor node-name='zz'"),
+    ("block-export-add", {"type": "nbd", "id": "e1", "node-name": "r", "name": "", "writable": True}, None),
+    (
+        "block-export-add",
+        {"type": "nbd", "id": "e1", "node-name": "r", "name": "q", "writable": True},
+        "Block export id 'e1' is already in use",
+    ),
+    (
+        "block-export-add",
+        {"type": "nbd", "id": "e2", "node-name": "r", "name": "", "writable": True},
+        "NBD server already has export named ''",
+    ),
+    ("block-export-add", {"type": "nbd", "id": "1e", "node-name": "r", "name": "k"}, "Invalid block export id"),
+    ("block-export-add", {"type": "nbd", "id": "e 3", "node-name": "r", "name": "k"}, "Invalid block export id"),
+    (
+        "block-export-add",
+        {"type": "nope", "id": "e3", "node-name": "r"},
+        "Parameter 'type' does not accept value 'nope'",
+    ),
+    ("block-export-add", {"id": "e3", "node-name": "r"}, "Parameter 'type' is missing"),
+    (
+        "block-export-add",
+        {"type": "nbd", "id": "e3", "node-name": "r", "name": "n", "bitmap": "bb"},
+        "Parameter 'bitmap' is unexpected",
+    ),
+    ("block-export-add", {"type": "nbd", "id": "e4", "node-name": "n0"}, None),
+    (
+        "block-export-add",
+        {"type": "nbd", "id": "e5", "node-name": "n0", "name": "n0b", "iothread": "x"},
+        'iothread "x" not found',
+    ),
+    ("blockdev-del", {"node-name": "r"}, "Node r is in use"),
+    ("block-export-del", {"id": "zz"}, "Export 'zz' is not found"),
+    ("block-export-del", {"id": "e1", "mode": "foo"}, "Parameter 'mode' does not accept value 'foo'"),
+    ("nbd-server-remove", {"name": "zz"}, "Export 'zz' is not found"),
+    ("nbd-server-add", {"device": "zz"}, "Cannot find device='zz' nor node-name='zz'"),
+    ("nbd-server-add", {"device": "r", "name": "rr"}, None),
+    ("nbd-server-add", {"device": "r", "name": "rr"}, "Block export id 'rr' is already in use"),
+    ("block-export-del", {"id": "e4", "mode": "hard"}, None),
+    ("block-export-del", {"id": "rr"}, None),
+    ("nbd-server-stop", {}, None),
+    ("nbd-server-stop", {}, "NBD server not running"),
+    ("blockdev-del", {"node-name": "r"}, None),
+]

@@ -1,0 +1,154 @@
+"""What qemu-storage-daemon answers to commands about nodes: opening, closing and resizing them."""
+
+from tests.admin.answers.row import Row
+
+ROWS: list[Row] = [
+    ("blockdev-add", {}, "Parameter 'driver' is missing"),
+    ("blockdev-add", {"driver": "nope"}, "Parameter 'driver' does not accept value 'nope'"),
+    ("blockdev-add", {"driver": 5}, "Invalid parameter type for 'driver', expected: string"),
+    ("blockdev-add", {"driver": "raw"}, "Parameter 'file' is missing"),
+    ("blockdev-add", {"driver": "raw", "file": 5}, "Invalid parameter type for 'file', expected: BlockdevRef"),
+    ("blockdev-add", {"driver": "raw", "file": None}, "Invalid parameter type for 'file', expected: BlockdevRef"),
+    ("blockdev-add", {"driver": "raw", "file": "nope"}, "'node-name' must be specified for the root node"),
+    ("blockdev-add", {"driver": "raw", "file": {}}, "Parameter 'file.driver' is missing"),
+    ("blockdev-add", {"driver": "raw", "file": {"driver": "file"}}, "Parameter 'file.filename' is missing"),
+    (
+        "blockdev-add",
+        {"driver": "raw", "file": {"driver": "file", "filename": 5}},
+        "Invalid parameter type for 'file.filename', expected: string",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "raw", "file": {"driver": "file", "filename": "{D}/nope"}},
+        "'node-name' must be specified for the root node",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "x", "file": {"driver": "file", "filename": "{D}/nope"}},
+        "Could not open '{D}/nope': No such file or directory",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "x", "file": {"driver": "file", "filename": "{D}/nope", "foo": 1}},
+        "Parameter 'file.foo' is unexpected",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "x", "foo": 1, "file": {"driver": "file", "filename": "{D}/nope", "foo": 1}},
+        "Parameter 'file.foo' is unexpected",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "1x", "file": {"driver": "file", "filename": "{D}/b.raw"}},
+        "Invalid node-name: '1x'",
+    ),
+    (
+        "blockdev-add",
+        {
+            "driver": "raw",
+            "node-name": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+            "file": {"driver": "file", "filename": "{D}/b.raw"},
+        },
+        "Node name too long",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "", "file": {"driver": "file", "filename": "{D}/b.raw"}},
+        "Invalid node-name: ''",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "r", "offset": "x", "file": {"driver": "file", "filename": "{D}/b.raw"}},
+        "Invalid parameter type for 'offset', expected: integer",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "r", "read-only": "x", "file": {"driver": "file", "filename": "{D}/b.raw"}},
+        "Invalid parameter type for 'read-only', expected: boolean",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "r", "offset": -1, "file": {"driver": "file", "filename": "{D}/b.raw"}},
+        "Parameter 'offset' expects a non-negative number below 2^64",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "r", "offset": 1.5, "file": {"driver": "file", "filename": "{D}/b.raw"}},
+        "Invalid parameter type for 'offset', expected: integer",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "r", "cache": [], "file": {"driver": "file", "filename": "{D}/b.raw"}},
+        "Invalid parameter type for 'cache', expected: object",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "r", "discard": "x", "file": {"driver": "file", "filename": "{D}/b.raw"}},
+        "Parameter 'discard' does not accept value 'x'",
+    ),
+    (
+        "blockdev-add",
+        {
+            "driver": "raw",
+            "node-name": "r",
+            "detect-zeroes": "unmap",
+            "file": {"driver": "file", "filename": "{D}/b.raw"},
+        },
+        "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+    ),
+    ("blockdev-add", {"driver": "raw", "node-name": "r", "file": {"driver": "file", "filename": "{D}/b.raw"}}, None),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "r", "file": {"driver": "file", "filename": "{D}/b.raw"}},
+        "Duplicate nodes with node-name='r'",
+    ),
+    ("blockdev-add", {"driver": "file", "node-name": "ff", "filename": "{D}/a.qcow2"}, None),
+    ("blockdev-add", {"driver": "qcow2", "node-name": "qq", "file": "ff"}, None),
+    ("blockdev-del", {"node-name": "ff"}, "Block device ff is in use"),
+    ("blockdev-add", {"driver": "null-co", "node-name": "n0"}, None),
+    ("blockdev-add", {"driver": "null-co", "node-name": "n1", "size": 123456, "read-zeroes": True}, None),
+    ("block_resize", {"node-name": "n1", "size": 5}, "Image format driver does not support resize"),
+    ("block_resize", {"size": 5}, "Cannot find device='' nor node-name=''"),
+    ("block_resize", {"node-name": "zz", "size": 5}, "Cannot find device='' nor node-name='zz'"),
+    ("block_resize", {"node-name": "zz", "device": "r", "size": 5}, "Cannot find device='r' nor node-name='zz'"),
+    ("block_resize", {"node-name": "r", "size": -5}, "Parameter 'size' expects a >0 size"),
+    ("block_resize", {"node-name": "r", "size": 2097152}, None),
+    ("block_resize", {"node-name": "qq", "size": 5}, "The new size must be a multiple of 512"),
+    ("blockdev-del", {"node-name": "qq"}, None),
+    ("blockdev-del", {"node-name": "qq"}, "Failed to find node with node-name='qq'"),
+    ("blockdev-del", {"node-name": "ff"}, None),
+    ("blockdev-del", {"node-name": "r"}, None),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "x", "file": {"driver": "file", "filename": "{D}/b.raw", "discard": "x"}},
+        "Parameter 'discard' does not accept value 'x'",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "x", "file": {"driver": "zz", "filename": "{D}/b.raw", "discard": "x"}},
+        "Parameter 'driver' does not accept value 'zz'",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "raw", "node-name": "x", "file": {"driver": "file", "filename": "{D}/b.raw", "locking": "zz"}},
+        "Parameter 'locking' does not accept value 'zz'",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "qcow2", "node-name": "x", "file": "nope"},
+        "Cannot find device='nope' nor node-name='nope'",
+    ),
+    (
+        "blockdev-add",
+        {"driver": "qcow2", "node-name": "x", "file": {"driver": "file", "filename": "{D}/a.qcow2"}, "backing": 5},
+        "Invalid parameter type for 'backing', expected: BlockdevRefOrNull",
+    ),
+    ("blockdev-add", {"driver": "file", "node-name": "x", "filename": "{D}"}, "Could not open '{D}': Is a directory"),
+    (
+        "blockdev-add",
+        {"driver": "qcow2", "node-name": "o", "file": {"driver": "file", "filename": "{D}/o.qcow2", "node-name": "of"}},
+        None,
+    ),
+    ("blockdev-del", {"node-name": "of"}, "Node of is not owned by the monitor"),
+    ("blockdev-del", {"node-name": "o"}, None),
+]
