@@ -24,6 +24,7 @@ from nbdserve.errors import RequestError
 from nbdserve.extents import DATA, UNALLOCATED, ZERO, RunArray
 from nbdserve.formats.raw import RawDriver
 from nbdserve.storage.base import ReadBuffer, Storage
+from nbdserve.storage.pool import JobFuture
 
 _NOT_OWN: Final = -1
 """The depth of what a layer below the image under a window decides."""
@@ -67,18 +68,9 @@ class NodeStorage(Storage):
         if not data:
             return
         view = memoryview(data)
-        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def done(error: Exception | None) -> None:
-            if taken.done():
-                return  # cancelled
-            if error is None:
-                taken.set_result(None)
-            else:
-                taken.set_exception(error)
-
+        taken: JobFuture[None] = JobFuture(loop=asyncio.get_running_loop())
         with _as_os_error():
-            outcome = self.node.submit_write(offset, view, done)
+            outcome = self.node.submit_write(offset, view, lambda error: taken.complete(None, error))
             if outcome == WRITE_TAKEN:
                 await taken
             elif outcome == WRITE_WAIT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from nbdserve.block.window import NodeStorage
 from nbdserve.errors import ImageError, RequestError
 from nbdserve.extents import DATA, ZERO, RunArray
 from nbdserve.formats.raw import RawDriver
+from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.file import FileStorage
 from nbdserve.storage.memory import MemoryStorage
 from nbdserve.units import KIB, MIB
@@ -144,6 +146,31 @@ async def test_every_write_of_a_batch_has_ended_when_one_fails(monkeypatch: pyte
     with pytest.raises(OSError, match="one of them"):
         await storage.write_all([(offset, b"x") for offset in (5, 1, 9)])
     assert ended == [1, 5, 9]
+
+
+async def test_a_cancelled_write_has_ended() -> None:
+    class Slow(MemoryStorage):
+        def try_write(self, offset: int, data: ReadBuffer) -> bool:
+            return False
+
+        async def write_all(self, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
+            writing.set()
+            await go_on.wait()
+            for offset, data in pieces:
+                assert super().try_write(offset, data)
+
+    writing, go_on = asyncio.Event(), asyncio.Event()
+    storage = NodeStorage(await raw_node(Slow(bytes(512))))
+    write = asyncio.create_task(storage.write(0, b"x"))
+    await writing.wait()
+    write.cancel()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not write.done(), "what is written to the place next could be overwritten"
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await write
+    assert await storage.read(0, 1) == b"x"
 
 
 async def test_a_window_is_written_as_a_disk() -> None:
