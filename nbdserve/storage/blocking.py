@@ -77,19 +77,20 @@ def read_fully(fd: int, offset: int, buffer: memoryview) -> None:
         done += count
 
 
-class SyncError(OSError):
-    """It was the sync that failed, not a write before it."""
-
-
 def write_and_sync(
-    write_each: Callable[[FullWrite, int, Pieces], None], write: FullWrite, fd: int, pieces: Pieces
+    write_each: Callable[[FullWrite, int, Pieces], None],
+    write: FullWrite,
+    fd: int,
+    pieces: Pieces,
+    failed_sync: list[OSError],
 ) -> None:
-    """Write all, as ``write_each`` does it with ``write``, and fdatasync. OSError, SyncError."""
+    """Write all, as ``write_each`` does it with ``write``, and fdatasync. OSError, in ``failed_sync`` if of that."""
     write_each(write, fd, pieces)
     try:
         os.fdatasync(fd)
     except OSError as error:
-        raise SyncError(*error.args) from error
+        failed_sync.append(error)
+        raise
 
 
 def read_all(read: FullRead, fd: int, pieces: Sequence[tuple[int, memoryview]]) -> None:

@@ -304,11 +304,17 @@ class FileStorage(Storage):
             await self.write_all(pieces)
             return
         before = self._changes
+        failed_sync: list[OSError] = []
         try:
-            await self._change(blocking.write_and_sync, self._write_each, self._write_fully, self._fd, pieces)
-        except blocking.SyncError as error:
-            self._fail(error)
-            self._check_writable()
+            await self._change(
+                blocking.write_and_sync, self._write_each, self._write_fully, self._fd, pieces, failed_sync
+            )
+        except BaseException as error:
+            if failed_sync:  # what is raised may be that the caller was cancelled
+                self._fail(failed_sync[0])
+                if isinstance(error, OSError):
+                    self._check_writable()
+            raise
         finally:
             self._measure()
         self._stable_changes = self._changes if self._changes == before + 1 else max(before, self._stable_changes)
@@ -461,12 +467,14 @@ class FileStorage(Storage):
         if self._closed:
             return
         self._closed = True
-        if self._running:
-            self._quiet = JobFuture(loop=self._pool.loop)
-            await self._quiet
+        try:
+            if self._running:
+                self._quiet = JobFuture(loop=self._pool.loop)
+                await self._quiet
+        finally:
             self._quiet = None
-        if not self._held:
-            await self._close_now()
+            if not self._held:
+                await self._close_now()
 
     def descriptor(self, *, read_only: bool) -> int:
         """Another descriptor of the same file, whatever its name has become, for ``from_fd``. OSError."""

@@ -418,12 +418,17 @@ async def test_write_stable_is_not_counted_as_the_sync_of_what_ended_meanwhile(p
     await storage.close()
 
 
-async def test_a_failing_sync_of_write_stable_is_final(path: str, syncs: Syncs) -> None:
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_failing_sync_of_write_stable_is_final(path: str, syncs: Syncs, cancelled: bool) -> None:
     storage = await FileStorage.open(path)
     syncs.error = OSError(errno.EIO, "Input/output error")
+    writing = asyncio.create_task(storage.write_stable([(0, b"b")]))
+    await settled(lambda: syncs.started == 1)
+    if cancelled:
+        writing.cancel()
     syncs.released.release(10)
-    with pytest.raises(OSError, match="a flush failed"):
-        await storage.write_stable([(0, b"b")])
+    with pytest.raises(asyncio.CancelledError if cancelled else OSError, match=None if cancelled else "a flush failed"):
+        await writing
     syncs.error = None
     for call in (
         storage.flush,
@@ -499,6 +504,20 @@ async def test_close_waits_for_the_flushes(path: str, syncs: Syncs) -> None:
     syncs.released.release(2)
     await asyncio.gather(closing, *flushes)
     assert syncs.started == 2
+
+
+async def test_a_cancelled_close_closes(path: str, syncs: Syncs) -> None:
+    storage = await FileStorage.open(path)
+    flush = asyncio.create_task(storage.flush())
+    await settled(lambda: syncs.started == 1)
+    closing = asyncio.create_task(storage.close())
+    await asyncio.sleep(0)
+    closing.cancel()
+    syncs.released.release()
+    await flush
+    with pytest.raises(asyncio.CancelledError):
+        await closing
+    await (await FileStorage.open(path)).close()  # nobody holds its locks
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
