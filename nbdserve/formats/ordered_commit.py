@@ -14,7 +14,6 @@ fails, all that it and the stages after it were to write counts as different fro
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from functools import partial
 from typing import Final, Protocol, TypeAlias
 
 from nbdserve.formats.append_space import AppendSpace
+from nbdserve.formats.group_run import FollowUp, GroupRun
 from nbdserve.storage.base import ReadBuffer, Storage
 
 _log: Final = logging.getLogger(__name__)
@@ -116,42 +116,28 @@ class OrderedCommit:
         self._storage = storage
         self._collect = collect
         self._data = [storage] if data is None else list(data)
-        self._waiting: asyncio.Future[None] | None = None
-        self._runner: asyncio.Task[None] | None = None
+        self._runs = GroupRun(self._run)
 
     async def commit(self) -> None:
         """Everything changed before this call, and the data behind it, is stable on return. OSError of the storage."""
-        if self._waiting is None:
-            self._waiting = asyncio.get_running_loop().create_future()
-        waiting = self._waiting
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.get_running_loop().create_task(self._run())
-        await asyncio.shield(waiting)
+        await self._runs.join()
 
     async def settle(self) -> None:
         """``commit``, and what follows it: space that it freed is free on return, and nothing is under way."""
         await self.commit()
-        if self._runner is not None:
-            await self._runner
+        await self._runs.idle()
 
-    async def _run(self) -> None:
-        while self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
-            batch = Batch()
+    async def _run(self) -> FollowUp:
+        batch = Batch()
+        await self._write(batch)
+        return partial(self._follow_up, batch)
+
+    async def _follow_up(self, batch: Batch) -> None:
+        for action in batch._when_stable:
             try:
-                await self._write(batch)
+                await action()
             except Exception as error:
-                if not waiting.cancelled():
-                    waiting.set_exception(error)
-                    waiting.exception()  # nobody may be waiting any more
-                continue
-            if not waiting.cancelled():
-                waiting.set_result(None)
-            for action in batch._when_stable:
-                try:
-                    await action()
-                except Exception as error:
-                    _log.warning("%s: freed space stays unused while the image is open: %s", self._storage.path, error)
+                _log.warning("%s: freed space stays unused while the image is open: %s", self._storage.path, error)
 
     async def _write(self, batch: Batch) -> None:
         done = 0

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
+from nbdserve.formats.group_run import FollowUp, GroupRun
 from nbdserve.formats.qcow2.allocator import Allocator, ClusterRange
 from nbdserve.formats.qcow2.layout import REFCOUNT_TABLE_FIELDS_AT
 from nbdserve.formats.qcow2.refcounts import Refcounts
@@ -90,8 +91,7 @@ class Committer:
         self._cache = cache
         self._refcounts = refcounts
         self._allocator = allocator
-        self._waiting: asyncio.Future[None] | None = None
-        self._runner: asyncio.Task[None] | None = None
+        self._runs = GroupRun(self._run)
 
     @property
     def is_clean(self) -> bool:
@@ -108,41 +108,25 @@ class Committer:
 
     async def commit(self) -> None:
         """Everything published before this call, and the data behind it, is stable on return."""
-        if self._waiting is None:
-            self._waiting = asyncio.get_running_loop().create_future()
-        waiting = self._waiting
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.get_running_loop().create_task(self._run())
-        await asyncio.shield(waiting)
+        await self._runs.join()
 
     async def settle(self) -> None:
         """Commit until nothing is left: the counts of what one commit freed are written by the next."""
         await self.commit()
         while True:
-            if self._runner is not None:
-                await self._runner
+            await self._runs.idle()
             if self.is_clean:
                 return
             await self.commit()
 
-    async def _run(self) -> None:
-        while self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
-            try:
-                freed = await self._commit_once()
-            except Exception as error:
-                if not waiting.cancelled():
-                    waiting.set_exception(error)
-                    waiting.exception()  # nobody may be waiting any more
-                continue
-            if not waiting.cancelled():
-                waiting.set_result(None)
-            try:
-                await self._release_quarantine(freed)
-            except Exception as error:
-                _log.warning(
-                    "%s: freed clusters stay in use until 'image check -r leaks': %s", self._storage.path, error
-                )
+    async def _run(self) -> FollowUp:
+        return partial(self._follow_up, await self._commit_once())
+
+    async def _follow_up(self, freed: list[ClusterRange]) -> None:
+        try:
+            await self._release_quarantine(freed)
+        except Exception as error:
+            _log.warning("%s: freed clusters stay in use until 'image check -r leaks': %s", self._storage.path, error)
 
     async def _commit_once(self) -> list[ClusterRange]:
         batch = self._collect()

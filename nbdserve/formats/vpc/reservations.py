@@ -7,10 +7,10 @@ table shows is taken for zeroes by whoever opens the image after a crash. What w
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
+from nbdserve.formats.group_run import GroupRun
 from nbdserve.formats.tables import Piece, Table
 from nbdserve.formats.vpc.layout import ENTRY_SIZE, UNUSED
 from nbdserve.formats.vpc.space import BlockSpace
@@ -38,8 +38,7 @@ class Reservations:
         self._ready: set[int] = set()
         self._soiled: set[int] = set()
         self._wanted: set[int] = set()
-        self._waiting: asyncio.Future[None] | None = None
-        self._runner: asyncio.Task[None] | None = None
+        self._runs = GroupRun(self._run)
 
     def take(self, index: int) -> int | None:
         """The place of a reserved block, once; None: ``reserve`` must be awaited first."""
@@ -62,20 +61,14 @@ class Reservations:
         if not wanted:
             return
         self._wanted.update(wanted)
-        if self._waiting is None:
-            self._waiting = asyncio.get_running_loop().create_future()
-        waiting = self._waiting
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.get_running_loop().create_task(self._run())
-        await asyncio.shield(waiting)
+        await self._runs.join()
 
     def _lacks(self, index: int) -> bool:
         return index not in self._ready and self._table.entries[index] == UNUSED
 
     async def settle(self) -> None:
         """Nothing is under way on return."""
-        if self._runner is not None:
-            await self._runner
+        await self._runs.idle()
 
     async def withdraw(self) -> None:
         """Take back what was reserved and did not come to hold anything: the table on disk is the one in memory."""
@@ -86,16 +79,8 @@ class Reservations:
             await self._storage.write_stable(self._pieces(unused))
 
     async def _run(self) -> None:
-        while self._waiting is not None:
-            waiting, self._waiting = self._waiting, None
-            wanted, self._wanted = self._wanted, set()
-            try:
-                await self._reserve(sorted(filter(self._lacks, wanted)))
-            except Exception as error:
-                waiting.set_exception(error)
-                waiting.exception()  # nobody may be waiting any more
-            else:
-                waiting.set_result(None)
+        wanted, self._wanted = self._wanted, set()
+        await self._reserve(sorted(filter(self._lacks, wanted)))
 
     async def _reserve(self, indexes: list[int]) -> None:
         if not indexes:
