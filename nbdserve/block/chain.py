@@ -26,7 +26,8 @@ def resolve(layers: Sequence[FormatDriver], offset: int, length: int) -> Resolve
         room = layer.size - offset
         if room <= 0:
             return ZERO, length, index, -1
-        length = min(length, room)
+        if length > room:
+            length = room
         run = layer.lookup(offset, length)
         if run is None:
             return NEEDS_TABLE, length, index, -1

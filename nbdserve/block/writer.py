@@ -19,7 +19,7 @@ from nbdserve.errors import RequestError
 from nbdserve.extents import DATA, ZERO
 from nbdserve.formats.base import Allocation
 from nbdserve.storage.base import ReadBuffer
-from nbdserve.units import KIB, align_down, align_up
+from nbdserve.units import KIB
 
 if TYPE_CHECKING:
     from nbdserve.block.node import Node
@@ -132,8 +132,9 @@ class BatchWriter:
     def _plan(self, offset: int, data: memoryview) -> tuple[Allocation, int, ReadBuffer] | None:
         """Space for a write, and what is to be written where: ``data``, or around it what the clusters read as."""
         top, length = self._top, len(data)
-        start = align_down(offset, top.granularity)
-        size = align_up(offset + length, top.granularity) - start
+        mask = top.granularity - 1
+        start = offset & ~mask
+        size = (offset + length + mask & ~mask) - start
         at = offset - start
         copy: bytearray | None = None
         if size > length and not self._is_zero(start, size):
@@ -157,8 +158,10 @@ class BatchWriter:
 
     def _is_zero(self, start: int, length: int) -> bool:
         """Whether one look at the mapping tells that the guest range reads as zeroes."""
-        length = min(length, self._node.size - start)
-        kind, found, _, _ = resolve(self._node.layers, start, length)
+        node = self._node
+        if start + length > node.size:
+            length = node.size - start
+        kind, found, _, _ = resolve(node.layers, start, length)
         return kind == ZERO and found >= length
 
     def _enqueue(self, write: _Write, lock: RangeLock, data: memoryview, done: Done) -> None:

@@ -148,7 +148,8 @@ class L2Table(Table):
 
     def store(self, index: int, word: int) -> None:
         """Change one word."""
-        super().store(index, word)
+        self.entries[index] = word
+        self.dirty.add(index >> self._sector_bits)
         self._changed.add(self)
 
     def touch(self, first: int, end: int) -> None:

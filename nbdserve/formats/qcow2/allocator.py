@@ -64,12 +64,13 @@ class Allocator:
         if not self._has_extent():
             return None
         first = self._free
-        count = min(wanted, self._free_end - first)
-        self._free += count
-        if self._holds_metadata(first, count):
-            self._corrupt(f"clusters {first}..{first + count - 1} hold metadata, but their refcount is 0")
+        count = wanted if first + wanted <= self._free_end else self._free_end - first
+        end = self._free = first + count
+        if first in self.metadata if count == 1 else self._holds_metadata(first, count):
+            self._corrupt(f"clusters {first}..{end - 1} hold metadata, but their refcount is 0")
         self._refcounts.set_range(first, count, 1)
-        self.virgin = max(self.virgin, first + count)
+        if end > self.virgin:
+            self.virgin = end
         return first, count
 
     def take_bytes(self, length: int) -> int | None:
@@ -108,8 +109,6 @@ class Allocator:
         self.quarantine += runs_of(clusters)
 
     def _holds_metadata(self, first: int, count: int) -> bool:
-        if count == 1:
-            return first in self.metadata
         if count < len(self.metadata):
             return not self.metadata.isdisjoint(range(first, first + count))
         return any(first <= cluster < first + count for cluster in self.metadata)

@@ -217,9 +217,11 @@ class Qcow2Driver(Qcow2Image):
         if table is None:
             return None
         first = (offset >> self._bits) & self._l2_mask
-        most = min(self._l2_entries - first, div_ceil(length, self.cluster_size))
+        most = (length + self._cluster_mask) >> self._bits
+        if most > self._l2_entries - first:
+            most = self._l2_entries - first
         entry = table.entries[first]
-        reused = self._reserved(entry)
+        reused = entry != 0 and self._reserved(entry)
         if self.external:
             host_offset, count, zeroed = offset, most, offset >= self._data_virgin and self.data.grows_zeroed
             self._data_virgin = max(self._data_virgin, offset + (count << self._bits))
@@ -240,7 +242,9 @@ class Qcow2Driver(Qcow2Image):
             cluster, count = taken
             host_offset, zeroed = cluster << self._bits, cluster >= virgin and self.data.grows_zeroed
         table.pins += 1
-        return Allocation(offset, min(length, count << self._bits), host_offset, zeroed, (table, first, count, reused))
+        if length > count << self._bits:
+            length = count << self._bits
+        return Allocation(offset, length, host_offset, zeroed, (table, first, count, reused))
 
     def _reserved(self, entry: int) -> bool:
         """The entry keeps a host cluster of its own that holds no data."""
@@ -254,12 +258,17 @@ class Qcow2Driver(Qcow2Image):
         table, first, count, reused = allocation.token
         entries = table.entries
         entry = allocation.host_offset | COPIED
-        for index in range(first, first + count):
-            if not reused and entries[index]:
-                self._release(entries[index])
-            entries[index] = entry
-            entry += self.cluster_size
-        table.touch(first, first + count)
+        if count == 1:  # what a small write allocates; the loop costs 0.5 us more
+            if entries[first] and not reused:
+                self._release(entries[first])
+            table.store(first, entry)
+        else:
+            for index in range(first, first + count):
+                if not reused and entries[index]:
+                    self._release(entries[index])
+                entries[index] = entry
+                entry += self.cluster_size
+            table.touch(first, first + count)
         table.pins -= 1
 
     def abandon(self, allocation: Allocation) -> None:

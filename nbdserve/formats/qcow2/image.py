@@ -293,7 +293,9 @@ class Qcow2Image(Qcow2Format):
         taken = self.allocator.take(wanted)
         self._starved = taken is None
         if taken is not None and not self.external:
-            self.host_limit = max(self.host_limit, sum(taken) << self._bits)
+            end = (taken[0] + taken[1]) << self._bits
+            if end > self.host_limit:
+                self.host_limit = end
         return taken
 
     def _writable_table(self, offset: int) -> L2Table | None:
@@ -304,12 +306,12 @@ class Qcow2Image(Qcow2Format):
             self._starved = True
             return None
         l1_index = offset >> self._l1_shift
-        table = self.cache.find(l1_index)
+        table = self._recent.get(l1_index) or self.cache.find(l1_index)
         entry = self.l1.entries[l1_index]
-        if table is None and entry:
-            return None
         if table is not None and entry & COPIED:
             return table
+        if table is None and entry:
+            return None
         taken = self._take(1)
         if taken is None:
             return None
