@@ -256,9 +256,10 @@ class Qcow2Image(Qcow2Format):
     # --- tables and free clusters ----------------------------------------------------------------------------------
 
     async def load(self, offset: int) -> None:
-        """Bring the L2 table of ``offset`` into memory, and free clusters, if they were missing."""
-        if self._starved:
-            await self._make_room()
+        """Bring the L2 table of ``offset`` into memory; if it is there already, make room, for that was missing.
+
+        Not before: who reads must not fail because nothing can be written.
+        """
         l1_index = offset >> self._l1_shift
         if self.l1.entries[l1_index] and self.cache.find(l1_index) is None:
             task = self._loading.get(l1_index)
@@ -267,12 +268,14 @@ class Qcow2Image(Qcow2Format):
                 self._loading[l1_index] = task
                 task.add_done_callback(lambda _: self._loading.pop(l1_index, None))
             await asyncio.shield(task)
+        elif self._starved:
+            await self._make_room()
 
     async def _load_table(self, l1_index: int) -> None:
-        host_offset = self.l2_offset(l1_index)
+        cache, host_offset = self.cache, self.l2_offset(l1_index)
         words = decode_words(await self.storage.read(host_offset, self.cluster_size))
-        if self.cache.find(l1_index) is None:
-            self.cache.create(l1_index, host_offset, words)
+        if cache.find(l1_index) is None:  # which may be another by now: then this is a table that was replaced
+            cache.create(l1_index, host_offset, words)
 
     def l2_offset(self, l1_index: int) -> int:
         """Host offset of an L2 table; 0 when there is none. RequestError(EIO) when the L1 entry is invalid."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import struct
 from pathlib import Path
@@ -12,6 +13,7 @@ from nbdserve.errors import CorruptImageError, ImageError, RequestError
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.formats.qcow2.layout import COPIED, OFFSET_MASK
 from nbdserve.storage.file import FileStorage
+from nbdserve.storage.memory import MemoryStorage
 from tests.formats.qcow2.engine import change, check, content, create, mapping, open_image, qemu_io, read, run, write
 
 
@@ -46,6 +48,57 @@ async def test_a_read_only_open_changes_nothing(tmp_path: Path) -> None:
     assert driver.info().dirty
     await driver.close()
     assert path.read_bytes() == before
+
+
+async def test_a_table_that_is_read_while_the_tables_are_replaced_is_not_kept(tmp_path: Path) -> None:
+    class Slow(MemoryStorage):
+        held = -1
+
+        async def read_into(self, offset: int, buffer: memoryview) -> None:
+            await super().read_into(offset, buffer)
+            if offset == self.held:
+                self.held = -1
+                reading.set()
+                await go_on.wait()
+
+    reading, go_on = asyncio.Event(), asyncio.Event()
+    path = create(tmp_path / "a.qcow2", "8M")
+    qemu_io(path, "write -P 1 0 64k")
+    run("qemu-img", "snapshot", "-c", "s", path)
+    qemu_io(path, "write -P 2 0 64k")
+    storage = Slow(path.read_bytes())
+    driver = await Qcow2Driver.open(storage, {}, read_only=False)
+    storage.held = _l2_offset(path)
+    request = asyncio.create_task(driver.load(0))
+    await reading.wait()
+    request.cancel()  # its client is gone
+    await driver.apply_snapshot("s")
+    go_on.set()
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert await read(driver, 0, 4096) == b"\1" * 4096
+    await driver.close()
+
+
+async def test_what_is_on_disk_is_read_when_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = create(tmp_path / "a.qcow2", "8M", "cluster_size=4k")
+    qemu_io(path, "write -P 1 0 4k", "write -P 2 4M 4k")
+    driver = await open_image(path)
+    await change(driver, "discard", 0, 4096)
+
+    async def full(pieces: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(driver.storage, "write_stable", full)
+        patched.setattr(driver.cache, "_generation", 0)
+        assert driver.zero(4096, 4096, unmap=True) is None  # too many tables wait for a commit
+        with pytest.raises(OSError, match="full"):
+            await driver.load(4096)
+        assert await read(driver, 4 << 20, 4096) == b"\2" * 4096
+    await driver.close()
 
 
 async def test_unknown_autoclear_bits_are_cleared_by_a_writable_open(tmp_path: Path) -> None:
