@@ -68,7 +68,7 @@ async def _store(driver: QcowDriver, packed: list[tuple[int, bytes]]) -> None:
         await driver.prepare(packed[0][0], count * driver.cluster_size)
     try:
         await driver.data.write(host_offset, b"".join(unit for _, unit in packed))
-    except Exception:
+    except BaseException:
         driver.give_clusters(host_offset, count)
         raise
     length_shift = 63 - driver.geometry.cluster_bits

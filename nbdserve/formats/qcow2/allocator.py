@@ -261,6 +261,8 @@ class Allocator:
             base = index * self._refcounts.entries + at
             lowered = counts != 0  # a count of 0 that was referred to is an error of the image, left to ``check``
             freed = np.flatnonzero(counts == 1) + base
+            if self._tail >> self._cluster_bits in freed:
+                self._tail = 0  # now: what is put there while it is punched out would be lost
             if self.punch:
                 for start, length in runs_of(freed):
                     await self._storage.discard(start << self._cluster_bits, length << self._cluster_bits)
@@ -269,8 +271,6 @@ class Allocator:
         finally:
             block.pins -= 1
         if len(freed):
-            if self._tail >> self._cluster_bits in freed:
-                self._tail = 0
             self._cursor = min(self._cursor, int(freed[0]))
             self._forget_extent()
 

@@ -62,25 +62,26 @@ async def write_compressed(driver: Qcow2Driver, offset: int, data: memoryview) -
 async def _store(driver: Qcow2Driver, offset: int, data: memoryview, stored: list[bytes | None]) -> None:
     size, bits = driver.cluster_size, driver.header.cluster_bits
     placed: list[tuple[int, int, bytes]] = []
-    for number, unit in enumerate(stored):
-        at = offset + number * size
-        if unit is None:
-            # It does not get smaller.
-            await write_new(driver, at, data[number * size : (number + 1) * size])
-            continue
-        while (host_offset := driver.take_bytes(len(unit))) is None:
-            await driver.prepare(at, size)
-        placed.append((at, host_offset, unit))
     try:
+        for number, unit in enumerate(stored):
+            at = offset + number * size
+            if unit is None:
+                # It does not get smaller.
+                await write_new(driver, at, data[number * size : (number + 1) * size])
+                continue
+            while (host_offset := driver.take_bytes(len(unit))) is None:
+                await driver.prepare(at, size)
+            placed.append((at, host_offset, unit))
         await driver.data.write_all(_joined(placed))
-    except Exception:
+        while placed:
+            at, host_offset, unit = placed[-1]
+            while not driver.publish_compressed(at, compressed_entry(host_offset, len(unit), bits)):
+                await driver.prepare(at, size)
+            placed.pop()
+    except BaseException:
         for _, host_offset, unit in placed:
             driver.release_bytes(compressed_entry(host_offset, len(unit), bits))
         raise
-    for at, host_offset, unit in placed:
-        entry = compressed_entry(host_offset, len(unit), bits)
-        while not driver.publish_compressed(at, entry):
-            await driver.prepare(at, size)
 
 
 def _joined(placed: list[tuple[int, int, bytes]]) -> list[tuple[int, ReadBuffer]]:

@@ -203,7 +203,7 @@ class SubclusterDriver(Qcow2Driver):
                     if bitmap >> number & 1
                 ]
             )
-        except Exception:
+        except BaseException:
             self.allocator.quarantine.append(taken)
             raise
         self._release(entry)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import errno
 import random
 import zlib
@@ -50,6 +51,10 @@ def test_entries(bits: int) -> None:
 
 async def disk(path: Path, options: str = "") -> Node:
     create(path, "4M", options)
+    return await reopened(path)
+
+
+async def reopened(path: Path) -> Node:
     return Node(
         [await Qcow2Driver.open(await FileStorage.open(str(path)), {"discard": "unmap"}, read_only=False)], unmap=True
     )
@@ -90,21 +95,81 @@ async def test_written_over_and_over(tmp_path: Path, options: str) -> None:
 
 
 @needs_qemu
-async def test_a_write_that_fails_leaks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    node = await disk(tmp_path / "image")
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), asyncio.CancelledError()])
+@pytest.mark.parametrize("options", ["", "extended_l2=on"])
+async def test_a_write_that_fails_or_is_cancelled_leaks_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, options: str
+) -> None:
+    node = await disk(tmp_path / "image", options)
     await node.write_compressed(0, compressible(1, 3))
 
-    async def full(pieces: object) -> None:
-        raise OSError(errno.ENOSPC, "full")
+    async def refuse(pieces: object) -> None:
+        raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(node.data, "write_all", full)
-        with pytest.raises(OSError, match="full"):
+        patched.setattr(node.data, "write_all", refuse)
+        with pytest.raises(type(error)):
             await node.write_compressed(8 * CLUSTER, compressible(2, 3))
+        with pytest.raises(type(error)):
+            await node.write(100, b"a part of a compressed cluster")
     await node.write_compressed(8 * CLUSTER, compressible(3, 3))
     assert await node.read(8 * CLUSTER, 3 * CLUSTER) == compressible(3, 3)
     await node.close()
     assert check(tmp_path / "image").get("leaks", 0) == 0
+
+
+@needs_qemu
+@pytest.mark.parametrize("kept", [0, 1])
+async def test_what_is_published_before_a_cancellation_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    node = await disk(tmp_path / "image")
+    publish, published = node.top.publish_compressed, []  # type: ignore[attr-defined]
+
+    def some(offset: int, entry: int) -> bool:
+        if len(published) == kept:
+            raise asyncio.CancelledError
+        published.append(offset)
+        return bool(publish(offset, entry))
+
+    data = compressible(4, 3)
+    with monkeypatch.context() as patched:
+        patched.setattr(node.top, "publish_compressed", some)
+        with pytest.raises(asyncio.CancelledError):
+            await node.write_compressed(0, data)
+    expected = bytearray(len(data))
+    for offset in published:
+        expected[offset : offset + CLUSTER] = data[offset : offset + CLUSTER]
+    assert await node.read(0, len(data)) == expected
+    await node.close()
+    assert check(tmp_path / "image").get("leaks", 0) == 0
+
+
+@needs_qemu
+async def test_what_is_written_while_its_neighbours_are_punched_out_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await disk(tmp_path / "image")
+    await node.write_compressed(0, compressible(1, 1))
+    await node.flush()
+    discard, begun, go_on = node.data.discard, asyncio.Event(), asyncio.Event()
+
+    async def slow(offset: int, length: int) -> None:
+        begun.set()
+        await go_on.wait()
+        await discard(offset, length)
+
+    monkeypatch.setattr(node.data, "discard", slow)
+    await node.discard(0, CLUSTER)
+    await node.flush()
+    await begun.wait()
+    await node.write_compressed(CLUSTER, compressible(2, 1))
+    go_on.set()
+    await node.close()
+    assert check(tmp_path / "image").get("leaks", 0) == 0
+    node = await reopened(tmp_path / "image")
+    assert await node.read(0, 2 * CLUSTER) == bytes(CLUSTER) + compressible(2, 1)
+    await node.close()
 
 
 @needs_qemu
