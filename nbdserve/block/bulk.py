@@ -88,12 +88,12 @@ async def write_all(node: Node, ranges: Ranges) -> None:
             for offset, data in ranges:
                 node.check_inside(offset, len(data))
             try:
-                done = await _write_free(node, ranges)
+                done = await _write_free(node, ranges) if node.writes_at_once else 0
             except RoomNeededError:
                 done = 0
             finally:
                 node.changes += 1
-        if done < len(ranges):  # somebody else works there, or the image needs room: wait for that
+        if done < len(ranges):  # somebody else works there or is told of it, or the image needs room: wait for that
             await node.write(*ranges[done])
         ranges = ranges[done + 1 :]
 

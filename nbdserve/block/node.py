@@ -250,11 +250,12 @@ class Node:
 
     async def write_all(self, ranges: bulk.Ranges) -> None:
         """Write every range, with one trip to the worker threads for many. When this fails any may be written."""
-        if self._plain_writes and not self._watchers:
-            await bulk.write_all(self, ranges)
-        else:
-            for offset, data in ranges:
-                await self.write(offset, data)
+        await bulk.write_all(self, ranges)
+
+    @property
+    def writes_at_once(self) -> bool:
+        """``bulk.write_all`` may do what ``write`` does: nobody is told of a change, nor looks at what is written."""
+        return self._plain_writes and not self._watchers
 
     async def zero(
         self, offset: int, length: int, *, unmap: bool = True, fast: bool = False, fua: bool = False
@@ -443,18 +444,22 @@ class Node:
                 # What the layers below have behind the end must not appear, not even if the power fails: the unit the
                 # disk ends in gets a place of its own, where zeroes follow it.
                 await self.write(old_size - inside, await self.read(old_size - inside, inside))
-            await self.top.resize(size)
-            self._adopt(self.layers)
-            shown = min(self.size, max((layer.size for layer in self.layers[1:]), default=0))
-            if shown > old_size:  # what a longer layer below has there must not appear
-                try:
-                    await self.zero(old_size, shown - old_size, fua=True)
-                except Exception:
-                    await self.top.resize(old_size)
-                    self._adopt(self.layers)
-                    raise
-            if self.size != old_size:
-                self._tell_resized(old_size)
+            try:
+                await uninterrupted(self._resize_top(size))
+            finally:
+                self.replace_layers(self.layers)
+
+    async def _resize_top(self, size: int) -> None:
+        old_size = self.size
+        await self.top.resize(size)
+        shown = min(size, max((layer.size for layer in self.layers[1:]), default=0))
+        if shown > old_size:  # what a longer layer below has there must not appear
+            try:
+                self.replace_layers(self.layers)
+                await self.zero(old_size, shown - old_size, fua=True)
+            except Exception:
+                await self.top.resize(old_size)
+                raise
 
     def _tell_resized(self, old_size: int) -> None:
         for watcher in self._watchers:

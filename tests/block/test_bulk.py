@@ -12,6 +12,7 @@ from nbdserve.block.create import create_files
 from nbdserve.block.graph import open_image
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
+from nbdserve.block.watchers import Watcher
 from nbdserve.errors import RequestError
 from nbdserve.formats.registry import driver_for
 from nbdserve.storage.base import ReadBuffer
@@ -89,6 +90,26 @@ async def test_a_range_in_use_is_waited_for(tmp_path: Path) -> None:
         assert not reading.done()
     await reading
     assert await node.read(65535, 2) == b"\0b"
+    await node.close()
+
+
+async def test_who_watches_from_the_middle_on_is_told_of_the_rest(tmp_path: Path) -> None:
+    class Told(Watcher):
+        def __init__(self) -> None:
+            self.ranges: list[tuple[int, int]] = []
+
+        def changed(self, offset: int, length: int) -> None:
+            self.ranges.append((offset, length))
+
+    node, told = await opened(tmp_path / "image"), Told()
+    async with node.locks.exclusive(65536, 131072):
+        data = memoryview(b"x" * 512)
+        writing = asyncio.create_task(node.write_all([(0, data), (65536, data), (131072, data)]))
+        while await node.read(0, 1) != b"x":
+            await asyncio.sleep(0)
+        node.watch(told)
+    await writing
+    assert told.ranges == [(65536, 512), (131072, 512)]
     await node.close()
 
 

@@ -442,6 +442,41 @@ async def test_a_disk_that_shrinks_refuses_what_lies_outside_and_takes_it_again_
     assert node.submit_write(31 * KIB, _buffer(512), _never) == WRITE_DONE
 
 
+async def test_a_resize_that_fails_halfway_or_is_cancelled_leaves_the_size_that_the_image_has() -> None:
+    halfway, go_on = asyncio.Event(), asyncio.Event()
+
+    class Halfway(RawDriver):
+        async def resize(self, size: int) -> None:
+            await super().resize(size)
+            halfway.set()
+            await go_on.wait()
+            raise OSError(errno.EIO, "failed")
+
+    node = Node([await Halfway.open(MemoryStorage(bytes(16 * KIB)), {}, read_only=False)])
+    resizing = asyncio.create_task(node.resize(8 * KIB))
+    await halfway.wait()
+    resizing.cancel()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await resizing
+    assert node.size == node.top.size == 8 * KIB
+    with pytest.raises(OSError, match="failed"):
+        await node.resize(4 * KIB)
+    assert node.size == node.top.size == 4 * KIB
+    with pytest.raises(RequestError, match="not inside"):
+        await node.write(4 * KIB, bytes(512))
+
+
+async def test_a_bitmap_grows_before_the_zeroes_over_a_longer_layer_are_marked() -> None:
+    base = MemoryStorage(b"b" * MIB, path="base")
+    node = await overlay(base, 32 * KIB)
+    bitmap = node.bitmaps.add("b", 4096)
+    await node.resize(MIB)
+    assert await node.read(0, MIB) == b"b" * 32 * KIB + bytes(MIB - 32 * KIB)
+    assert bitmap.size == MIB
+    assert bitmap.count() == MIB - 32 * KIB
+
+
 async def test_growing_above_a_longer_layer_shows_zeroes_and_not_that_layer() -> None:
     class Growing(Qcow2Driver):
         async def resize(self, size: int) -> None:

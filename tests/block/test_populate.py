@@ -104,6 +104,14 @@ async def test_a_failure_gives_the_space_back(monkeypatch: pytest.MonkeyPatch) -
     assert await node.read(CLUSTER, CLUSTER) == b"m" * CLUSTER
 
 
+async def test_zeroes_are_a_change_that_a_flush_makes_stable() -> None:
+    node = await _chain()
+    await node.flush()
+    await populate(node, 2 * CLUSTER, CLUSTER, 2)
+    assert _kind(node, 2) == ZERO
+    assert not node.is_stable
+
+
 async def test_a_cancelled_write_gives_the_space_back(monkeypatch: pytest.MonkeyPatch) -> None:
     node = await _chain()
     writing, abandoned = asyncio.Event(), []
