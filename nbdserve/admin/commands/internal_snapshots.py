@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Final
 
 from nbdserve.admin.command import Command
@@ -72,9 +73,8 @@ class InternalSnapshotAction(Action):
             raise QmpError(f"Snapshot with name '{name}' already exists on device '{device}'")
         self._control.jobs.check_free(entry)
         node = entry.node
-        await node.flush()
-        self._made = await node.top.create_snapshot(name, icount=0)
-        await node.reshape(node.layers)
+        async with _renewed(node):
+            self._made = await node.top.create_snapshot(name, icount=0)
 
     async def abort(self) -> None:
         assert self._made is not None
@@ -131,9 +131,18 @@ def _keeps_snapshots(entry: NodeEntry) -> bool:
 
 async def _delete(node: Node, snapshot: SnapshotInfo) -> None:
     """Inside ``drained``."""
+    async with _renewed(node):
+        await node.top.delete_snapshot(snapshot.id)
+
+
+@asynccontextmanager
+async def _renewed(node: Node) -> AsyncIterator[None]:
+    """Around a change of all tables: no place is remembered from before, not even if it fails, for it may be made."""
     await node.flush()
-    await node.top.delete_snapshot(snapshot.id)
-    await node.reshape(node.layers)
+    try:
+        yield
+    finally:
+        node.replace_layers(node.layers)
 
 
 COMMANDS: Final = (

@@ -10,6 +10,7 @@ Refcounts are changed by as much as the references change, so that what was leak
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
@@ -91,8 +92,9 @@ async def replace_tables(
     sector = await storage.read(0, SECTOR_SIZE)
     plan.patch(sector)
     await _barrier_header(storage, sector)
-    for first, count in runs_of(np.flatnonzero((plan.final[: len(counts)] == 0) & (counts != 0))):
-        await storage.discard(first << bits, count << bits)
+    with suppress(OSError):  # the new tables are in force, whatever becomes of free space
+        for first, count in runs_of(np.flatnonzero((plan.final[: len(counts)] == 0) & (counts != 0))):
+            await storage.discard(first << bits, count << bits)
 
 
 async def _barrier_tables(storage: Storage, pieces: list[Piece]) -> None:

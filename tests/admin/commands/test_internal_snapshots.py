@@ -1,6 +1,11 @@
+import errno
 from pathlib import Path
 
+import pytest
+
 from nbdserve.admin.control import Control
+from nbdserve.formats.base import SnapshotInfo
+from nbdserve.formats.qcow2.driver import Qcow2Driver
 from tests.admin.clients import RawClient
 from tests.admin.commands.test_backup import Disk, action
 from tests.admin.commands.test_jobs import wait_for
@@ -29,6 +34,33 @@ def test_clients_go_on_and_the_snapshot_stays(client: RawClient, images: Path, t
     output("qemu-img", "snapshot", "-a", "s", image)
     for pattern in ("98 0 64k", "97 64k 64k"):
         assert "verification failed" not in output("qemu-io", "-r", "-c", f"read -P {pattern}", image)
+
+
+def test_one_that_is_made_and_fails_nevertheless_is_not_written_to(
+    client: RawClient, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_snapshot = Qcow2Driver.create_snapshot
+
+    async def failing(self: Qcow2Driver, name: str, *, icount: int | None = None) -> SnapshotInfo:
+        await create_snapshot(self, name, icount=icount)
+        raise OSError(errno.EIO, "at the very end")
+
+    disk = Disk(client, images, tmp_path)
+
+    def write(pattern: int) -> None:  # without FUA, so that places are remembered
+        output("qemu-io", "-f", "raw", "-t", "writeback", "-c", f"write -P {pattern} 0 4k", disk.uri)
+
+    for _ in range(3):
+        write(98)
+    monkeypatch.setattr(Qcow2Driver, "create_snapshot", failing)
+    assert "at the very end" in str(client.execute("blockdev-snapshot-internal-sync", device="d", name="s"))
+    write(99)
+    client.execute("nbd-server-stop")
+    assert client.execute("blockdev-del", node_name="d") == {}
+    image = images / "a.qcow2"
+    output("qemu-img", "check", "-q", image)
+    output("qemu-img", "snapshot", "-a", "s", image)
+    assert "verification failed" not in output("qemu-io", "-r", "-c", "read -P 98 0 4k", image)
 
 
 def test_one_in_a_transaction_that_fails_is_gone(client: RawClient, images: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +44,23 @@ async def test_refcounts_of_every_width(tmp_path: Path, cluster_size: str) -> No
         sizes.append(path.stat().st_size)
     assert content(path) == expected
     assert max(sizes) < sizes[0] * 1.3, "free clusters are used again"
+
+
+async def test_what_is_in_force_does_not_fail_because_free_space_is_not_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = create(tmp_path / "a.qcow2", MIB)
+    qemu_io(path, "write -P 1 0 1M")
+
+    async def discard(self: FileStorage, offset: int, length: int) -> None:
+        tried.append(offset)
+        raise OSError(errno.EIO, "no discard")
+
+    tried: list[int] = []
+    monkeypatch.setattr(FileStorage, "discard", discard)
+    await _with_width(path, 64)
+    assert tried
+    assert check(path).get("leaks", 0) == 0
 
 
 async def test_counts_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
