@@ -24,6 +24,7 @@ from nbdserve.block.spec import ImageSpec
 from nbdserve.block.stored_bitmaps import open_with_bitmaps
 from nbdserve.errors import ConfigError
 from nbdserve.exports.export import Export, ExportTable
+from nbdserve.logs import written_apart
 from nbdserve.server.addresses import Address
 from nbdserve.server.listeners import Listener, bind_all
 from nbdserve.server.server import Server, ServerLimits
@@ -122,7 +123,7 @@ def run(plan: Plan, ready: Callable[[list[Address]], None]) -> int:
     ``ready`` is called once clients can connect, with the addresses they can use. Raises ConfigError, ImageError or
     OSError when the server cannot start, or when closing an image failed, that is, when data may be lost.
     """
-    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+    with written_apart(), asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(serve(plan, ready))
     return 0
 

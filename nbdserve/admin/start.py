@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 
 from nbdserve.admin.commands.table import COMMANDS
@@ -24,7 +23,8 @@ class Admin:
 
     async def start(self, control: Control) -> None:
         """Accept clients, who act on ``control``."""
-        _log_to_stderr()
+        if log.level == logging.NOTSET:
+            log.setLevel(logging.INFO)  # who did what is written down
         control.commands = COMMANDS
         self._server = AdminServer(control, COMMANDS)
         for listener in self.listeners:
@@ -40,13 +40,3 @@ class Admin:
         """Close the sockets and remove their files. Idempotent."""
         for listener in self.listeners:
             listener.close()
-
-
-def _log_to_stderr() -> None:
-    """Who did what is written down, also where nobody has set up logging."""
-    if log.hasHandlers():
-        return
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
