@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-SECONDS = 20.0
+SECONDS = 60.0
 
 needs_daemon = pytest.mark.skipif(
     shutil.which("qemu-storage-daemon") is None, reason="not installed: qemu-storage-daemon"

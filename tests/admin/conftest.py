@@ -48,10 +48,10 @@ def admin_socket(tmp_path: Path, control: Control) -> Iterator[str]:
 
     thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
     thread.start()
-    assert ready.wait(20)
+    assert ready.wait(60)
     yield address.path
     loop.call_soon_threadsafe(lambda: end.done() or end.set_result(None))
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
     loop.close()
 

@@ -105,7 +105,7 @@ async def test_qemus_own_client_over_unix_and_tcp(control: Control, tmp_path: Pa
         assert (await client.execute("query-version"))["qemu"]["major"] == 7
     control.events.emit(STOP)
     for client in clients:
-        assert (await asyncio.wait_for(client.events.get(), 20))["event"] == "STOP"
+        assert (await asyncio.wait_for(client.events.get(), 60))["event"] == "STOP"
         await client.disconnect()
     await server.close()
     for listener in listeners:

@@ -179,7 +179,7 @@ async def test_closing_waits_for_the_requests_in_flight() -> None:
         await asyncio.sleep(0)
     assert not closing.done()
     node.locks.release(lock)
-    await asyncio.wait_for(closing, 10)
+    await asyncio.wait_for(closing, 60)
 
 
 class Flushes(MemoryStorage):
@@ -282,10 +282,10 @@ async def test_flushes_between_which_nothing_changed_are_one() -> None:
     flushes.append(asyncio.create_task(node.flush()))
     await _turns()
     storage.go.release()
-    await asyncio.wait_for(asyncio.gather(*flushes), 5)
+    await asyncio.wait_for(asyncio.gather(*flushes), 60)
     assert storage.started == 1
     assert node.is_stable
-    await asyncio.wait_for(node.flush(), 5)
+    await asyncio.wait_for(node.flush(), 60)
     assert storage.started == 1
 
 
@@ -308,12 +308,12 @@ async def test_a_change_that_ends_after_a_flush_began_is_not_covered_by_it(way: 
     await _turns()
     assert storage.started == 2, "the running one does not count"
     storage.go.release()
-    await asyncio.wait_for(first, 5)
+    await asyncio.wait_for(first, 60)
     await _turns()
     assert not second.done()
     assert not node.is_stable
     storage.go.release()
-    await asyncio.wait_for(second, 5)
+    await asyncio.wait_for(second, 60)
     assert node.is_stable
 
 
@@ -336,12 +336,12 @@ async def test_a_write_under_way_when_a_flush_begins_is_not_counted_as_stable() 
     await _turns()
     for _ in range(2):
         storage.go.release()
-    await asyncio.wait_for(flush, 5)
+    await asyncio.wait_for(flush, 60)
     await _turns()
     assert ends == [None]
     assert not node.is_stable
     storage.go.release()
-    await asyncio.wait_for(node.flush(), 5)
+    await asyncio.wait_for(node.flush(), 60)
     assert node.is_stable
 
 

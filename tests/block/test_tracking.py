@@ -74,7 +74,7 @@ async def test_a_write_is_dirty_when_it_is_acknowledged() -> None:
         done.set()
 
     assert node.submit_write(8 * KIB, memoryview(b"x"), acknowledge) == WRITE_TAKEN
-    await asyncio.wait_for(done.wait(), 10)
+    await asyncio.wait_for(done.wait(), 60)
     assert seen == [{2}]
     await node.write(5, b"")
     assert dirty(node) == {2}

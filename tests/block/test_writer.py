@@ -64,7 +64,7 @@ class Client:
         return outcome == WRITE_TAKEN
 
     async def all_ended(self) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not all(self.ended.values()):
                 await asyncio.sleep(0)
 
@@ -75,7 +75,7 @@ class Client:
 
 async def _nothing_is_locked(node: Node) -> None:
     lock = node.locks.exclusive(0, 1 << 62)
-    await asyncio.wait_for(node.locks.acquire(lock), 5)
+    await asyncio.wait_for(node.locks.acquire(lock), 60)
     node.locks.release(lock)
 
 

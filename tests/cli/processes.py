@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-SECONDS = 30.0
+SECONDS = 60.0
 NBDSERVE = [sys.executable, "-m", "nbdserve.cli.main"]
 QEMU_NBD = [sys.executable, "-m", "nbdserve.cli.qemu_nbd"]
 

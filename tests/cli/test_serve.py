@@ -120,7 +120,7 @@ def test_admin(tmp_path: Path, disks: list[Path]) -> None:
         client = RawClient(str(socket_path)).negotiate()
         assert client.execute("quit") == {}
         client.close()
-        assert server.wait(30) == 0
+        assert server.wait(60) == 0
         assert "uid=" in server.communicate()[1]
     assert not socket_path.exists()
 

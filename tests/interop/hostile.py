@@ -25,7 +25,7 @@ NBDSERVE, QEMU_NBD = str(BIN / "nbdserve"), str(BIN / "nbdserve-qemu-nbd")
 CLUSTER = 65536
 LONGEST_MESSAGE = 300
 """Characters, the directory of the test not counted."""
-SECONDS = 30
+SECONDS = 60
 U32, U64 = (1 << 32) - 1, (1 << 64) - 1
 
 

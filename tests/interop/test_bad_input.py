@@ -9,14 +9,13 @@ import signal
 import socket
 import struct
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.cli.processes import interruptible
+from tests.cli.processes import connectable, until
 from tests.interop.hostile import (
     CLUSTER,
     NBDSERVE,
@@ -190,7 +189,7 @@ def test_refcount_block_outside_the_file(image: Path, entry: int) -> None:
         if process.stdout.readline():
             assert IO_ERROR in qemu_io(url(image.parent), "write 768k 64k").stdout
             process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=60)
     finally:
         process.kill()
     assert b"Traceback" not in said
@@ -328,13 +327,10 @@ def serving(directory: Path, argv: list[str | Path]) -> Iterator[subprocess.Pope
     """The server, until SIGTERM ends it with exit code 0."""
     process = subprocess.Popen(list(map(str, argv)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 20
-        while not (directory / "nbd.sock").exists():
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-            time.sleep(0.02)
+        until(lambda: connectable(directory / "nbd.sock"), "it listens")
         yield process
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert process.stderr is not None and "Traceback" not in process.stderr.read()
     finally:
         if process.poll() is None:
@@ -497,46 +493,23 @@ def test_full_disk(tmp_path: Path, kind: str, image_format: str) -> None:
         assert done.returncode == 0, done
 
 
-@pytest.mark.parametrize("image_format", ["raw", "qcow2"])
-def test_interrupted_creation_leaves_nothing(tmp_path: Path, image_format: str) -> None:
-    target = tmp_path / "new"
-    argv = [NBDSERVE, "image", "create", "-f", image_format, "-o", "preallocation=full", str(target), "3G"]
-    with interruptible():
-        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 20
-        while not (target.exists() and target.stat().st_blocks):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)
-    finally:
-        if process.poll() is None:
-            process.kill()
-    assert (process.returncode, said) == (130, "")
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("program", ["serve", "qemu-nbd"])
 def test_interrupted_server(image: Path, program: str) -> None:
-    """Ctrl-C with a client in the middle of writing: the server ends in order, and so is the image."""
+    """Ctrl-C with a client that writes all the time: the server ends in order, and so is the image."""
     argv = list(map(str, command(program, image)))
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     client = None
     try:
-        deadline = time.monotonic() + 20
-        while not (image.parent / "nbd.sock").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: connectable(image.parent / "nbd.sock"), "it listens")
         writes = ["write -q -P 9 0 1M", "write -q -z 0 1M"] * 2000
         words = [word for each in writes for word in ("-c", each)]
+        begun = image.stat().st_mtime_ns
         client = subprocess.Popen(
             ["qemu-io", "-f", "raw", *words, url(image.parent)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        time.sleep(0.3)
-        assert client.poll() is None
+        until(lambda: image.stat().st_mtime_ns != begun, "the first write is done")
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)
+        _, said = process.communicate(timeout=60)
     finally:
         for each in (process, client):
             if each is not None and each.poll() is None:

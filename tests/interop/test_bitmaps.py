@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.cli.processes import connectable, until
 from tests.interop.conftest import Serve
 from tests.interop.tools import tool
 
@@ -36,14 +36,11 @@ def stock(directory: Path, image: Path, *options: str) -> Iterator[str]:
     path = directory / "stock.sock"
     process = subprocess.Popen(["qemu-nbd", "-t", "-e", "4", "-k", path, *options, image])
     try:
-        deadline = time.monotonic() + 20
-        while not path.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: connectable(path), "qemu-nbd listens")
         yield f"nbd+unix:///?socket={path}"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def seen(uri: str, socket: str) -> list[object]:

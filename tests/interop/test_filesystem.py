@@ -27,7 +27,7 @@ def nbdfuse(directory: Path, uri: str) -> Iterator[Path]:
     file = directory / "nbd"
     process = subprocess.Popen(["nbdfuse", str(file), uri])
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not (file.exists() and file.stat().st_size):
             assert process.poll() is None, "nbdfuse ended"
             assert time.monotonic() < deadline, "nbdfuse does not come up"
@@ -36,7 +36,7 @@ def nbdfuse(directory: Path, uri: str) -> Iterator[Path]:
     finally:
         if process.poll() is None:
             tool("fusermount3", "-u", directory)
-            process.wait(20)
+            process.wait(60)
 
 
 @contextmanager

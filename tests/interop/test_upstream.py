@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.processes import connectable, until
 from tests.interop.conftest import Serve
 from tests.interop.tools import NBDSERVE, make_disk, tool
 
@@ -30,15 +31,12 @@ class Upstream:
 
     def start(self) -> None:
         self._process = subprocess.Popen(self._argv)
-        deadline = time.monotonic() + 20
-        while not self.socket.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: connectable(self.socket), "qemu-nbd listens")
 
     def end(self, number: int = signal.SIGTERM) -> None:
         if self._process is not None:
             self._process.send_signal(number)
-            self._process.wait(20)
+            self._process.wait(60)
             self._process = None
         self.socket.unlink(missing_ok=True)
 
@@ -80,7 +78,7 @@ def test_a_chain_over_a_stock_server_across_its_restarts(serve: Serve, tmp_path:
     with image.open("r+b") as file:  # room for new clusters: an export does not grow
         file.truncate(64 * MIB)
     with upstream(image, "raw", tmp_path) as server:
-        below = {"driver": "nbd", "server": {"type": "unix", "path": str(server.socket)}, "reconnect-delay": 20}
+        below = {"driver": "nbd", "server": {"type": "unix", "path": str(server.socket)}, "reconnect-delay": 60}
         tree = "json:" + json.dumps({"driver": "qcow2", "file": below})
         with serve(Path(tree), "qcow2", "-x", "") as ours:
             for round_ in range(2):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import tarfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.cli.processes import connectable, until
 from tests.interop.conftest import Serve
 from tests.interop.tools import make_disk, tool
 
@@ -21,9 +21,7 @@ def qemu_nbd(sock: Path, *argv: str | Path) -> Iterator[str]:
     """A qemu-nbd that ends with its last client or with the block; its URI."""
     with subprocess.Popen(["qemu-nbd", "-r", "-t", "-e", "8", "-k", sock, *argv]) as process:
         try:
-            while not sock.exists():
-                assert process.poll() is None
-                time.sleep(0.02)
+            until(lambda: connectable(sock), "qemu-nbd listens")
             yield f"nbd+unix:///?socket={sock}"
         finally:
             process.terminate()

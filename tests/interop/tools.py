@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-START_SECONDS = 20
-STOP_SECONDS = 20
+START_SECONDS = 60
+STOP_SECONDS = 60
 TOOL_SECONDS = 120
 NBDSERVE = Path(sys.executable).parent / "nbdserve"
 
@@ -43,9 +43,9 @@ class Server:
         """A connected socket."""
         if ":" in self.address:
             host, port = self.address.split(":")
-            return socket.create_connection((host, int(port)), 10)
+            return socket.create_connection((host, int(port)), 60)
         connected = socket.socket(socket.AF_UNIX)
-        connected.settimeout(10)
+        connected.settimeout(60)
         try:
             connected.connect(self.address)
         except OSError:

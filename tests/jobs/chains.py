@@ -80,7 +80,7 @@ def begin(job: Job) -> Job:
 
 async def until(job: Job, status: JobStatus) -> None:
     """Wait until the job is there."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while job.status is not status:
             assert job.error is None, job.error
             await asyncio.sleep(0.002)

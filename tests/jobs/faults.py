@@ -281,7 +281,7 @@ async def run_with_fault(folder: Path, name: str, at: int, number: int, *, qemu:
     assert not node.gate.inside
     left = asyncio.all_tasks() - tasks
     if left:  # a table that others may want, too, is loaded to the end
-        _, left = await asyncio.wait(left, timeout=10)
+        _, left = await asyncio.wait(left, timeout=60)
     assert not left, f"tasks left: {[task.get_coro() for task in left]}"
     dead = {layer.path for disk in (node, target) for layer in disk.layers if _is_dead(layer.storage)}
 

@@ -77,7 +77,7 @@ async def test_closing_cancels_what_is_there() -> None:
     await settle()
     made["done"].finalize()
     await made["done"].wait()
-    await asyncio.wait_for(jobs.close(), 5)
+    await asyncio.wait_for(jobs.close(), 60)
     assert made["done"].calls == ["run", "prepare", "commit", "clean"]
     assert made["run"].calls == ["abort", "clean"]
     assert made["pend"].calls == ["run", "abort", "clean"]

@@ -66,7 +66,7 @@ async def test_a_failure_stops_those_at_work() -> None:
     failing.start()
     working.start()
     failing.go_on.set()
-    await asyncio.wait_for(working.wait(), 5)
+    await asyncio.wait_for(working.wait(), 60)
     assert working.calls == ["abort", "clean"]
     assert "CANCELLED" in told.words(working)
 
@@ -75,7 +75,7 @@ async def test_a_job_that_was_never_started_goes_with_the_others() -> None:
     (failing, created), told = group("run", "")
     failing.start()
     failing.go_on.set()
-    await asyncio.wait_for(created.wait(), 5)
+    await asyncio.wait_for(created.wait(), 60)
     assert told.words(created) == ["created", "aborting", "CANCELLED", "concluded", "null"]
 
 

@@ -23,7 +23,7 @@ from nbdserve.server.server import Server, ServerLimits
 from nbdserve.storage.base import ReadBuffer, Storage
 from nbdserve.storage.memory import MemoryStorage
 
-PATIENCE = 10.0
+PATIENCE = 60.0
 """Seconds after which a test gives up waiting."""
 
 

@@ -87,12 +87,14 @@ async def test_scarcity_is_told_as_long_as_it_lasts(monkeypatch: pytest.MonkeyPa
     budget = Budget(MIB, told.append)
     assert budget.take(MIB)
     ticket = budget.queue(MIB, lambda: None)
-    await asyncio.sleep(0.07)
-    assert told[:3] == [True, False, False]
-    budget.withdraw(ticket)
-    await asyncio.sleep(0.03)
-    count = len(told)
-    await asyncio.sleep(0.05)
+    async with asyncio.timeout(60):
+        while len(told) < 3:
+            await asyncio.sleep(0.001)
+        assert told[:3] == [True, False, False]
+        budget.withdraw(ticket)
+        count = len(told)
+        while budget._timer is not None:
+            await asyncio.sleep(0.001)
     assert len(told) == count
 
 
@@ -226,20 +228,26 @@ async def test_a_client_that_holds_memory_and_does_not_move_makes_room(
 
 
 async def test_a_client_that_moves_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget_module, "PATIENCE", 0.1)
+    """Each time the server looks who moves, these two have."""
+    monkeypatch.setattr(budget_module, "PATIENCE", 3600)
     monkeypatch.setattr(server_module, "_LEAST_MOVED", 64 * KIB)
     async with serving(tmp_path, raw(Gated(size=16 * MIB)), limits=LIMIT) as served:
         slow, reader, other = [await served.connect(mode=SIMPLE) for _ in range(3)]
         slow.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 * KIB)
-        with all_given_back(served):
+        with all_given_back(served) as budget:
             written, head = slow.transmission.request(CMD_WRITE, 0, 4 * MIB)
             await slow.send(head)
             read = await reader.request(CMD_READ, 0, 4 * MIB)
+            await served.until(lambda: budget.used > 5 * MIB)
             write = asyncio.create_task(other.ask(CMD_WRITE, 0, data=bytes(8 * MIB)))
+            await served.until(lambda: len(budget.waiting) == 1)
             for _ in range(16):
                 await slow.send(bytes(256 * KIB))
-                reader._take(await reader.receive(256 * KIB))
-                await asyncio.sleep(0.03)
+                taken = 0
+                while taken < 192 * KIB and reader.unanswered:
+                    taken += len(data := await reader.receive(256 * KIB))
+                    reader._take(data)
+                budget._scarce()
             assert not (await slow.reply(written)).error
             assert not (await reader.reply(read)).error
             assert not (await write).error

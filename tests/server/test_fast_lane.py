@@ -177,7 +177,7 @@ async def test_writes_that_are_taken_are_counted_and_end_later() -> None:
     assert lane.run(*(lane.request(CMD_WRITE, cookie, 512 * cookie, 3, data=b"abc") for cookie in range(3)))
     assert not lane.answers()
     assert lane.taken == [3, 3, 3]
-    await asyncio.wait_for(node.flush(), 10)
+    await asyncio.wait_for(node.flush(), 60)
     while len(lane.ended) < 3:
         await asyncio.sleep(0)
     assert sorted(lane.ended) == [(cookie, 512 * cookie, 3, None) for cookie in range(3)]

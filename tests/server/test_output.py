@@ -116,7 +116,7 @@ async def test_what_waits_is_released_when_the_connection_ends(pair: Pair, close
         pair.output.close()
     else:
         pair.peer.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not pair.errors:
                 await asyncio.sleep(0)
         assert len(pair.errors) == 1
@@ -225,7 +225,7 @@ async def test_closing_while_pages_are_read_is_quiet(pair: Pair) -> None:
     pair.output.send_file(memoryview(b"head"), storage, 0, 200_000)
     storage.cached = False
     peer_read = asyncio.create_task(pair.read(150_000))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not storage.reads:
             await asyncio.sleep(0)
     pair.output.close()

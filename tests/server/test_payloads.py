@@ -30,7 +30,7 @@ async def test_without_room_the_session_is_resumed_when_there_is() -> None:
     assert payloads.waiting
     assert payloads.take(2 * MIB) is None  # asked again too early
     holder.give(held)
-    await asyncio.wait_for(resumed.wait(), 5)
+    await asyncio.wait_for(resumed.wait(), 60)
     taken = payloads.take(2 * MIB)
     assert taken is not None
     assert not payloads.waiting

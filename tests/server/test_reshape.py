@@ -176,5 +176,4 @@ async def test_a_file_that_leaves_the_chain_is_kept_for_a_client_that_has_not_ta
         client.close()
         for other in others:
             os.close(other)
-    await asyncio.sleep(0.05)
-    assert storage._fd == -1
+        await served.until(lambda: storage._fd == -1)

@@ -47,32 +47,44 @@ async def _is_dropped(client: Client) -> bool:
 # --- the handshake is bounded ----------------------------------------------------------------------------------------
 
 
-async def test_clients_that_do_not_negotiate_are_dropped_and_hinder_nobody(tmp_path: Path) -> None:
-    limits = ServerLimits(handshake_seconds=0.6, max_handshakes=10_000)
+UNFINISHED = struct.pack(">IQII", 3, 0x49484156454F5054, 1, 4000) + bytes(3999)
+"""An option that lacks a byte."""
+
+
+async def test_clients_that_do_not_negotiate_hinder_nobody_and_gain_no_time(tmp_path: Path) -> None:
+    limits = ServerLimits(handshake_seconds=3600, max_handshakes=10_000)
     async with serving(tmp_path, raw(MemoryStorage(size=4096)), limits=limits) as served:
-        began = time.monotonic()
+        slow = [await Client.open(served.path) for _ in range(2 * CLIENTS)]
+        await served.until(lambda: len(served.server._negotiating) == len(slow))
+        deadlines = dict(served.server._negotiating)
+        for at in range(30):
+            for client in slow[:CLIENTS]:
+                await client.send(UNFINISHED[at : at + 1])
+            honest = await served.connect()
+            assert await _answers(honest)
+            honest.close()
+        assert served.server._negotiating == deadlines, "a byte now and then extends nothing"
+        assert not any(timer.cancelled() for timer in deadlines.values())
+        for client in slow:
+            client.close()
+
+
+async def test_clients_that_do_not_negotiate_are_dropped(tmp_path: Path) -> None:
+    limits = ServerLimits(handshake_seconds=0.3, max_handshakes=10_000)
+    async with serving(tmp_path, raw(MemoryStorage(size=4096)), limits=limits) as served:
         silent = [await Client.open(served.path) for _ in range(CLIENTS)]
         dripping = [await Client.open(served.path) for _ in range(CLIENTS)]
 
         async def drip(client: Client) -> None:
-            """A byte every 60 ms: no single read waits long."""
+            """No single read waits long, and the whole would take minutes."""
             with contextlib.suppress(ConnectionError):
-                for byte in struct.pack(">IQII", 3, 0x49484156454F5054, 1, 4000) + bytes(4000):
+                for byte in UNFINISHED:
                     await client.send(bytes([byte]))
                     await asyncio.sleep(0.06)
 
         drips = [asyncio.create_task(drip(client)) for client in dripping]
-        waits = []
-        while time.monotonic() - began < 0.5:
-            start = time.monotonic()
-            client = await served.connect()
-            assert await _answers(client)
-            waits.append(time.monotonic() - start)
-            client.close()
-        assert max(waits) < 0.5
         for client in silent + dripping:
             assert await _is_dropped(client)
-        assert time.monotonic() - began < 5
         await asyncio.gather(*drips)
         assert not served.server._negotiating
         for client in silent + dripping:
@@ -80,11 +92,13 @@ async def test_clients_that_do_not_negotiate_are_dropped_and_hinder_nobody(tmp_p
 
 
 async def test_a_client_in_transmission_has_no_deadline(tmp_path: Path) -> None:
-    limits = ServerLimits(handshake_seconds=1.0)
-    async with serving(tmp_path, raw(MemoryStorage(size=4096)), limits=limits) as served:
-        client = await served.connect()
-        await asyncio.sleep(1.2)
+    async with serving(tmp_path, raw(MemoryStorage(size=4096))) as served:
+        client = await Client.open(served.path)
+        await served.until(lambda: len(served.server._negotiating) == 1)
+        (deadline,) = served.server._negotiating.values()
+        await client.negotiate()
         assert await _answers(client)
+        assert deadline.cancelled()
         client.close()
 
 
@@ -234,7 +248,7 @@ async def test_a_stopped_server_accepts_nobody_and_closes_those_who_negotiate(tm
         negotiating = await Client.open(served.path)
         idle = await served.connect()
         await served.until(lambda: len(served.server._negotiating) == 1)
-        await asyncio.wait_for(served.server.stop(PATIENCE), 2)
+        await asyncio.wait_for(served.server.stop(3600), PATIENCE)
         assert await _is_dropped(negotiating)
         assert await idle.closed()
         late = await Client.open(served.path)
@@ -265,10 +279,11 @@ async def test_a_client_that_does_not_read_cannot_hold_up_the_end(tmp_path: Path
         client = await served.connect()
         for _ in range(20):
             await client.request(CMD_READ, 0, MIB)
-        await asyncio.sleep(0.02)
+        (connection,) = served.server._clients
+        await served.until(lambda: connection._output.backlog > 0)
         began = time.monotonic()
-        await served.server.stop(0.2)
-        assert 0.15 < time.monotonic() - began < 2
+        await asyncio.wait_for(served.server.stop(0.2), PATIENCE)
+        assert time.monotonic() - began > 0.15, "it had the time to read"
         await served.until(lambda: served.server.connections == 0)
         client.close()
 
@@ -280,9 +295,7 @@ async def test_a_request_that_never_ends_cannot_hold_up_the_end(tmp_path: Path) 
         storage.gate.clear()
         await client.request(CMD_READ, 0, 512)
         await served.until(lambda: storage.waiting == 1)
-        began = time.monotonic()
-        await served.server.stop(0.2)
-        assert time.monotonic() - began < 2
+        await asyncio.wait_for(served.server.stop(0.2), PATIENCE)
         storage.gate.set()
         client.close()
 
@@ -325,7 +338,7 @@ async def test_stopping_and_starting_under_load_loses_no_reply_and_no_descriptor
 
         tasks = [asyncio.create_task(load(Served(server, path, listener), seed)) for seed in range(10)]
         await asyncio.sleep(random.Random(number).random() * 0.03)
-        await asyncio.wait_for(server.stop(PATIENCE), PATIENCE)
+        await asyncio.wait_for(server.stop(3600), PATIENCE)
         listener.close()
         await asyncio.sleep(0.005)
         for task in tasks:
@@ -339,5 +352,6 @@ async def test_stopping_and_starting_under_load_loses_no_reply_and_no_descriptor
         assert not server._clients
         if number == 3:
             before = open_descriptors()
-    assert before is not None
-    assert open_descriptors() <= before
+    most = before
+    assert most is not None
+    await Served(server, path, listener).until(lambda: open_descriptors() <= most)

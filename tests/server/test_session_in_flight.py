@@ -84,7 +84,8 @@ async def test_no_more_than_the_limit_is_in_flight_per_client(tmp_path: Path) ->
         for length, limit in ((4096, MAX_IN_FLIGHT), (8 * MIB, MAX_IN_FLIGHT_BYTES // (8 * MIB))):
             storage.gate.clear()
             cookies = [await client.request(CMD_READ, 0, length) for _ in range(limit + 3)]
-            await asyncio.sleep(0.1)
+            await served.until(lambda: storage.waiting >= limit)  # noqa: B023
+            await asyncio.sleep(0.05)
             assert storage.waiting == limit
             other = await served.connect()
             storage.gate.set()

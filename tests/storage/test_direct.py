@@ -90,7 +90,7 @@ def test_the_gate_lets_whole_blocks_pass_together_and_partial_ones_alone() -> No
             pool.submit(alone if turn % 3 == 0 else share, f"{'alone' if turn % 3 == 0 else 'shared'}-{turn}")
     assert not wrong
 
-    together = threading.Barrier(3, timeout=5)
+    together = threading.Barrier(3, timeout=60)
 
     def meet() -> None:
         with gate.shared():

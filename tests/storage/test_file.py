@@ -41,7 +41,7 @@ async def test_directory_fifo_socket_and_character_device_are_refused(tmp_path: 
         for file in (tmp_path, fifo, tmp_path / "socket", Path("/dev/null")):
             for read_only in (True, False):
                 with pytest.raises(ImageError) as caught:
-                    await asyncio.wait_for(FileStorage.open(str(file), read_only=read_only), 5)
+                    await asyncio.wait_for(FileStorage.open(str(file), read_only=read_only), 60)
                 assert str(caught.value).startswith(f"{file}: ")
 
 
@@ -249,7 +249,7 @@ class Syncs:
 
     def __call__(self, fd: int) -> None:
         self.started += 1
-        assert self.released.acquire(timeout=10)
+        assert self.released.acquire(timeout=60)
         if self.error is not None:
             raise self.error
 
@@ -262,7 +262,7 @@ def syncs(monkeypatch: pytest.MonkeyPatch) -> Syncs:
 
 
 async def settled(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.001)
 
@@ -641,8 +641,7 @@ async def test_a_file_that_is_held_is_closed_when_it_is_let_go(path: str) -> Non
     storage.let_go()
     assert os.fstat(descriptor)
     storage.let_go()
-    await asyncio.sleep(0.05)
-    assert storage._fd == -1
+    await settled(lambda: storage._fd == -1)
     with pytest.raises(OSError, match="is closed"):
         await storage.read(0, 4)
     await storage.close()
@@ -672,7 +671,7 @@ async def test_writeback_is_begun_once_at_a_time_and_awaited_by_close(
 
     def slow(fd: int) -> None:
         begun.append(fd)
-        go_on.wait(10)
+        go_on.wait(60)
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(file_module, "begin_writeback", slow)

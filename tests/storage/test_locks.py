@@ -48,7 +48,7 @@ def qemu_io_holding(image: str, *options: str) -> Iterator[None]:
             yield
         finally:
             process.stdin.close()
-            process.wait(10)
+            process.wait(60)
 
 
 # --- among ourselves -------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_on_either_event_loop(tmp_path: Path, loop_factory: Callable[[], asyncio
 
     async def use() -> None:
         async with listening(Unruly(tmp_path / "s")) as server:
-            storage = await NbdStorage.open(server.target(reconnect_delay=10), read_only=False)
+            storage = await NbdStorage.open(server.target(reconnect_delay=60), read_only=False)
             data = bytes(range(256)) * 2048
             await storage.write(5, data)
             server.drop()

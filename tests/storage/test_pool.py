@@ -40,16 +40,16 @@ async def test_threads_are_started_as_needed_and_bounded() -> None:
     assert all(thread.is_alive() for thread in threads)
     await pool.close()
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
 
 
 async def test_a_blocked_thread_does_not_hold_up_the_others() -> None:
     pool = worker_pool()
     release = threading.Event()
-    stuck = [asyncio.create_task(pool.run(release.wait, 10)) for _ in range(MAX_THREADS - 1)]
+    stuck = [asyncio.create_task(pool.run(release.wait, 60)) for _ in range(MAX_THREADS - 1)]
     await asyncio.sleep(0)
-    assert await asyncio.wait_for(pool.run(lambda: 5), 5) == 5
+    assert await asyncio.wait_for(pool.run(lambda: 5), 30) == 5
     release.set()
     await asyncio.gather(*stuck)
 
@@ -66,7 +66,7 @@ async def test_a_cancelled_await_returns_when_the_job_has_ended() -> None:
 
     def job() -> None:
         started.set()
-        release.wait(10)
+        release.wait(60)
         ended.set()
 
     task = asyncio.create_task(pool.run(job))
@@ -85,7 +85,7 @@ async def test_a_cancelled_await_returns_when_the_job_has_ended() -> None:
 async def test_cancelled_before_the_job_started() -> None:
     pool = WorkerPool(asyncio.get_running_loop(), max_threads=1)
     release, ran = threading.Event(), threading.Event()
-    blocking = asyncio.create_task(pool.run(release.wait, 10))
+    blocking = asyncio.create_task(pool.run(release.wait, 60))
     await asyncio.sleep(0)
     queued = asyncio.create_task(pool.run(ran.set))
     await asyncio.sleep(0)
@@ -160,7 +160,7 @@ def test_one_pool_per_loop_and_closed_loops_are_forgotten() -> None:
     assert first is not second
     assert first.loop not in pool_module._pools
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -169,11 +169,11 @@ def test_a_loop_closed_under_a_job_ends_the_thread_quietly() -> None:
 
     async def use() -> list[threading.Thread]:
         pool = worker_pool()
-        pool.submit(release.wait, (10,), lambda result, error: None)
+        pool.submit(release.wait, (60,), lambda result, error: None)
         return list(pool._threads)
 
     threads = asyncio.run(use())
     release.set()
     for thread in threads:
-        thread.join(5)
+        thread.join(60)
         assert not thread.is_alive()

@@ -100,7 +100,7 @@ async def test_disks_of_a_group_share_its_limits_and_limits_can_change() -> None
     done, waiting = await asyncio.wait(reads, return_when=asyncio.FIRST_COMPLETED)
     assert len(done) == 1
     group.set_limits(Limits(iops_read=Limit(10**6)))
-    await asyncio.wait_for(asyncio.gather(*waiting), 20)
+    await asyncio.wait_for(asyncio.gather(*waiting), 60)
 
 
 async def test_who_waits_for_a_turn_goes_on_when_the_disk_is_drained() -> None:
@@ -112,7 +112,7 @@ async def test_who_waits_for_a_turn_goes_on_when_the_disk_is_drained() -> None:
         await asyncio.sleep(0)
     async with front.drained():
         assert await front.read(0, 1) in (b"1", b"2")
-    await asyncio.wait_for(asyncio.gather(*late), 20)
+    await asyncio.wait_for(asyncio.gather(*late), 60)
     await front.close()
 
 

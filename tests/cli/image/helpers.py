@@ -96,18 +96,19 @@ def make_chain(directory: Path) -> list[Path]:
 
 
 MARK: Final = b"\xd7" * 512
-_HANGS: Final = f"""
+_HANGS: Final = """
 import asyncio
+import sys
 from nbdserve.cli.main import main
 from nbdserve.storage.file import FileStorage
 
-left = 1
+mark, left = eval(sys.argv.pop(1)), 1
 
 def hanging(real):
     async def method(self, *arguments):
         global left
         pieces = arguments[0] if len(arguments) == 1 else [arguments]
-        if any({MARK!r} in bytes(data) for _, data in pieces):
+        if any(mark in bytes(data) for _, data in pieces):
             left -= 1
             if left < 0:
                 print("in the middle", flush=True)
@@ -121,12 +122,12 @@ main()
 """
 
 
-def interrupted(*arguments: str | Path) -> Ran:
-    """``nbdserve image ARGUMENTS`` in a process of its own, which gets SIGINT at the second write of ``MARK``.
+def interrupted(*arguments: str | Path, mark: str = repr(MARK)) -> Ran:
+    """``nbdserve image ARGUMENTS`` in a process of its own, which gets SIGINT at the second write of ``mark``.
 
     That write lasts until then, and is done if it is not cut short.
     """
-    with interruptible(), started(sys.executable, "-c", _HANGS, "image", *arguments) as process:
+    with interruptible(), started(sys.executable, "-c", _HANGS, mark, "image", *arguments) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "in the middle\n"
         process.send_signal(signal.SIGINT)

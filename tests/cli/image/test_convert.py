@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from nbdserve.formats.registry import DRIVERS
 from nbdserve.storage.file import FileStorage
 from tests.cli.image.helpers import Ran, image, interrupted, marked, qemu_img
+from tests.cli.processes import connectable, until
 from tests.support.images import needs_qemu, run
 
 pytestmark = needs_qemu
@@ -463,9 +463,7 @@ def exported(path: Path, form: str, socket: Path) -> Iterator[str]:
     """The image on a qemu-nbd, and the URI of the export."""
     process = subprocess.Popen(["qemu-nbd", "-t", "-e", "4", "-f", form, "-k", str(socket), str(path)])
     try:
-        while not socket.exists():
-            assert process.poll() is None
-            time.sleep(0.01)
+        until(lambda: connectable(socket), "qemu-nbd listens")
         yield f"nbd+unix:///?socket={socket}"
     finally:
         process.terminate()

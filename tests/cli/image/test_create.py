@@ -8,7 +8,7 @@ import pytest
 from nbdserve.cli.image.create import parse_option_list
 from nbdserve.formats.registry import DRIVERS
 from nbdserve.storage.file import FileStorage
-from tests.cli.image.helpers import image, qemu_img
+from tests.cli.image.helpers import Ran, image, interrupted, qemu_img
 from tests.formats.parts import PartsDriver
 from tests.support.images import needs_qemu
 
@@ -116,6 +116,13 @@ def test_a_creation_that_fails_half_way_removes_its_file(tmp_path: Path, monkeyp
     assert ours.code == 1
     assert "No space left" in ours.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_interrupted(form: str, tmp_path: Path) -> None:
+    arguments = ["-q", "-f", form, "-o", "preallocation=full", tmp_path / "i", "8M"]
+    assert interrupted("create", *arguments, mark="bytes(1 << 20)") == Ran(130, "", "")
+    assert os.listdir(tmp_path) == []
 
 
 def test_help_lists_the_options(monkeypatch: pytest.MonkeyPatch) -> None:

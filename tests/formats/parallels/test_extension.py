@@ -10,7 +10,6 @@ import random
 import shutil
 import struct
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -23,6 +22,7 @@ from nbdserve.formats.parallels.driver import ParallelsDriver
 from nbdserve.formats.parallels.extension import DirtyBitmap, Extension, Feature
 from nbdserve.formats.parallels.layout import Header, plan
 from nbdserve.units import KIB, MIB
+from tests.cli.processes import connectable, until
 from tests.formats import flat
 from tests.support import images
 
@@ -135,9 +135,7 @@ def test_qemu_sees_the_same_bitmap(tmp_path: Path, size: int, cluster_size: int)
     command = ["qemu-nbd", "-r", "-f", "parallels", "-B", str(ID), "-k", str(socket), "-t", str(path)]
     with subprocess.Popen(command) as server:
         try:
-            while not socket.exists():
-                assert server.poll() is None
-                time.sleep(0.02)
+            until(lambda: connectable(socket), "qemu-nbd listens")
             context = f"qemu:dirty-bitmap:{ID}"
             out = images.run("nbdinfo", "--json", f"--map={context}", f"nbd+unix:///?socket={socket}")
         finally:

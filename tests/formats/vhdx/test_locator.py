@@ -111,10 +111,10 @@ def test_a_key_that_is_there_twice() -> None:
 def test_many_entries_over_the_same_bytes_cost_little() -> None:
     """The item has at most 1 MiB, but each entry could name 128 KiB of it."""
     data = _raw(65535, *[(20, 20, 65534, 65534)] * 65535)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(CorruptImageError):
         ParentLocator.parse(data, "x")
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize("name", ["a\\b.vhdx", "a\udcff.vhdx"])
