@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from tests.admin.broken_input import INPUTS, REQUESTS
 from tests.admin.clients import RawClient, storage_daemon
-from tests.cli.processes import NBDSERVE, connectable, until
+from tests.cli.processes import NBDSERVE, greets, until
 
 COMMANDS: Final = (
     b'{"execute":"query-version","id":7}',
@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
         server = subprocess.Popen([*map(str, (*NBDSERVE, *serve))], stdout=subprocess.DEVNULL, stderr=log)
         stack.callback(server.wait)
         stack.callback(server.terminate)
-        until(lambda: connectable(ours), "it listens")
+        until(lambda: greets(ours), "it answers")
         theirs = stack.enter_context(storage_daemon(directory))
         found = 0
         for difference in campaign(str(ours), theirs, rounds, seed):

@@ -83,10 +83,18 @@ def until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.01)
 
 
-def connectable(path: Path) -> bool:
-    """Whether someone listens on the unix socket."""
+def greets(path: Path) -> bool:
+    """Whether a server says something to who connects to the unix socket.
+
+    That it listens is not enough: its images may not be open yet, and a socket has its file before it listens.
+    """
     with socket.socket(socket.AF_UNIX) as sock:
-        return sock.connect_ex(str(path)) == 0
+        sock.settimeout(SECONDS)
+        try:
+            sock.connect(str(path))
+            return sock.recv(1) != b""
+        except OSError:
+            return False
 
 
 def stop(process: subprocess.Popen[str], number: int = signal.SIGTERM) -> int:

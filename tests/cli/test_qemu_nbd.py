@@ -13,7 +13,7 @@ from nbdserve.cli.qemu_nbd import HELP, parse_arguments, plan_of, run_command_li
 from nbdserve.errors import ConfigError
 from nbdserve.server.addresses import TcpAddress, UnixAddress
 from nbdserve.server.listeners import bind
-from tests.cli.processes import QEMU_NBD, SECONDS, connectable, is_running, needs, output, run, started, stop, until
+from tests.cli.processes import QEMU_NBD, SECONDS, greets, is_running, needs, output, run, started, stop, until
 
 needs_clients = needs("qemu-img", "qemu-io", "nbdinfo")
 
@@ -159,7 +159,7 @@ def test_ends_after_the_last_client_but_not_for_a_mere_list(tmp_path: Path, disk
     sock = tmp_path / "s"
     uri = f"nbd+unix:///?socket={sock}"
     with started(*QEMU_NBD, "-k", sock, "-f", "qcow2", disk) as server:
-        until(lambda: connectable(sock), "it listens")
+        until(lambda: greets(sock), "it answers")
         assert 'export=""' in output("nbdinfo", "--list", uri)
         assert "export: ''" in output(*QEMU_NBD, "--list", "-k", sock)
         assert server.poll() is None
@@ -209,7 +209,7 @@ def test_two_writers_of_one_image_are_refused(tmp_path: Path, format_: str) -> N
     disk = tmp_path / "disk"
     output("qemu-img", "create", "-q", "-f", format_, disk, "1M")
     with started(*QEMU_NBD, "-t", "-k", tmp_path / "s", "-f", format_, disk) as server:
-        until(lambda: connectable(tmp_path / "s"), "it listens")
+        until(lambda: greets(tmp_path / "s"), "it answers")
         done = run(*QEMU_NBD, "-k", tmp_path / "s2", "-f", format_, disk)
         assert (done.returncode, "in use" in done.stderr) == (1, True)
         assert run("qemu-io", "-f", format_, "-c", "write 0 512", disk).returncode != 0
@@ -221,7 +221,7 @@ def test_two_writers_of_one_image_are_refused(tmp_path: Path, format_: str) -> N
 def test_signals_end_it_with_everything_written(tmp_path: Path, disk: Path, number: int) -> None:
     sock = tmp_path / "s"
     with started(*QEMU_NBD, "-t", "-k", sock, "-f", "qcow2", disk) as server:
-        until(lambda: connectable(sock), "it listens")
+        until(lambda: greets(sock), "it answers")
         output("qemu-io", "-f", "raw", "-c", "write -P 0x42 0 1M", f"nbd+unix:///?socket={sock}")
         assert stop(server, number) == 0
     assert not sock.exists()
@@ -233,7 +233,7 @@ def test_signals_end_it_with_everything_written(tmp_path: Path, disk: Path, numb
 def test_shared_1_makes_a_second_client_wait(tmp_path: Path, disk: Path) -> None:
     sock = tmp_path / "s"
     with started(*QEMU_NBD, "-t", "-k", sock, disk) as server:
-        until(lambda: connectable(sock), "it listens")
+        until(lambda: greets(sock), "it answers")
         assert "can_multi_conn: false" in output("nbdinfo", f"nbd+unix:///?socket={sock}")
         with socket.socket(socket.AF_UNIX) as first, socket.socket(socket.AF_UNIX) as second:
             first.connect(str(sock))
@@ -259,7 +259,7 @@ def test_socket_activation(tmp_path: Path, disk: Path) -> None:
 def test_export_name_is_the_only_one(tmp_path: Path, disk: Path) -> None:
     sock = tmp_path / "s"
     with started(*QEMU_NBD, "-t", "-k", sock, "-x", "a/b c", "-D", "text", "-A", "-r", disk) as server:
-        until(lambda: connectable(sock), "it listens")
+        until(lambda: greets(sock), "it answers")
         told = output("nbdinfo", f"nbd+unix:///a%2Fb%20c?socket={sock}")
         assert "qemu:allocation-depth" in told
         assert "is_read_only: true" in told
@@ -279,7 +279,7 @@ def test_trees_and_windows(tmp_path: Path) -> None:
         [f'json:{{"driver":"raw","offset":4096,"file":{{"driver":"file","filename":"{raw}"}}}}'],
     ):
         with started(*QEMU_NBD, "-k", sock, "-r", *argv) as server:
-            until(lambda: connectable(sock), "it listens")
+            until(lambda: greets(sock), "it answers")
             output("qemu-io", "-r", "-f", "raw", "-c", "read -P 0x78 0 4096", f"nbd+unix:///?socket={sock}")
             assert server.wait(SECONDS) == 0
 
@@ -293,7 +293,7 @@ def test_detached_backing_file(tmp_path: Path, disk: Path) -> None:
     for tree, byte in (("", 0x43), (',"backing":null', 0)):
         image = f'json:{{"driver":"qcow2","file":{{"driver":"file","filename":"{top}"}}{tree}}}'
         with started(*QEMU_NBD, "-k", sock, image) as server:
-            until(lambda: connectable(sock), "it listens")
+            until(lambda: greets(sock), "it answers")
             output("qemu-io", "-f", "raw", "-c", f"read -P {byte} 0 64k", f"nbd+unix:///?socket={sock}")
             assert server.wait(SECONDS) == 0
 
@@ -302,7 +302,7 @@ def test_detached_backing_file(tmp_path: Path, disk: Path) -> None:
 def test_snapshot_drops_the_writes(tmp_path: Path, disk: Path) -> None:
     sock, before = tmp_path / "s", disk.read_bytes()
     with started(*QEMU_NBD, "-s", "-k", sock, disk) as server:
-        until(lambda: connectable(sock), "it listens")
+        until(lambda: greets(sock), "it answers")
         commands = ["-c", "write -P 0x44 0 64k", "-c", "read -P 0x44 0 64k"]
         output("qemu-io", "-f", "raw", *commands, f"nbd+unix:///?socket={sock}")
         assert server.wait(SECONDS) == 0

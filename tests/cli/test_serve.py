@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.admin.clients import RawClient
-from tests.cli.processes import NBDSERVE, SECONDS, connectable, needs, output, run, started, stop, until
+from tests.cli.processes import NBDSERVE, SECONDS, greets, needs, output, run, started, stop, until
 
 SERVE = [*NBDSERVE, "serve"]
 needs_clients = needs("qemu-img", "qemu-io", "nbdinfo")
@@ -116,7 +116,7 @@ def test_image_root(tmp_path: Path) -> None:
 def test_admin(tmp_path: Path, disks: list[Path]) -> None:
     socket_path = tmp_path / "admin"
     with started(*SERVE, "--admin", socket_path, "--admin", "127.0.0.1:0", "-k", tmp_path / "s") as server:
-        until(lambda: connectable(socket_path), "it listens")
+        until(lambda: greets(socket_path), "it answers")
         client = RawClient(str(socket_path)).negotiate()
         assert client.execute("quit") == {}
         client.close()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.processes import connectable, until
+from tests.cli.processes import greets, until
 from tests.interop.hostile import (
     CLUSTER,
     NBDSERVE,
@@ -327,7 +327,7 @@ def serving(directory: Path, argv: list[str | Path]) -> Iterator[subprocess.Pope
     """The server, until SIGTERM ends it with exit code 0."""
     process = subprocess.Popen(list(map(str, argv)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
-        until(lambda: connectable(directory / "nbd.sock"), "it listens")
+        until(lambda: greets(directory / "nbd.sock"), "it answers")
         yield process
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
@@ -500,7 +500,7 @@ def test_interrupted_server(image: Path, program: str) -> None:
     process = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     client = None
     try:
-        until(lambda: connectable(image.parent / "nbd.sock"), "it listens")
+        until(lambda: greets(image.parent / "nbd.sock"), "it answers")
         writes = ["write -q -P 9 0 1M", "write -q -z 0 1M"] * 2000
         words = [word for each in writes for word in ("-c", each)]
         begun = image.stat().st_mtime_ns

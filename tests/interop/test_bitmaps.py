@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.cli.processes import connectable, until
+from tests.cli.processes import greets, until
 from tests.interop.conftest import Serve
 from tests.interop.tools import tool
 
@@ -36,7 +36,7 @@ def stock(directory: Path, image: Path, *options: str) -> Iterator[str]:
     path = directory / "stock.sock"
     process = subprocess.Popen(["qemu-nbd", "-t", "-e", "4", "-k", path, *options, image])
     try:
-        until(lambda: connectable(path), "qemu-nbd listens")
+        until(lambda: greets(path), "qemu-nbd answers")
         yield f"nbd+unix:///?socket={path}"
     finally:
         process.terminate()

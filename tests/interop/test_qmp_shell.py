@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.processes import NBDSERVE, SECONDS, connectable, started, until
+from tests.cli.processes import NBDSERVE, SECONDS, greets, started, until
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def admin(tmp_path: Path) -> Iterator[Path]:
     disk, path = tmp_path / "d.raw", tmp_path / "admin"
     disk.write_bytes(bytes(1 << 20))
     with started(*NBDSERVE, "serve", "--admin", path, "-k", tmp_path / "nbd", "-f", "raw", f"d={disk}"):
-        until(lambda: connectable(path), "it listens")
+        until(lambda: greets(path), "it answers")
         yield path
 
 

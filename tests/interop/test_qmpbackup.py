@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.admin.clients import RawClient
-from tests.cli.processes import NBDSERVE, SECONDS, connectable, needs, output, started, until
+from tests.cli.processes import NBDSERVE, SECONDS, greets, needs, output, started, until
 
 pytestmark = needs("qmpbackup", "qmprestore", "qemu-img", "qemu-io")
 
@@ -54,7 +54,7 @@ def backups(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backups]
     socket = tmp_path / "nbd"
     serve: list[str | Path] = ["serve", "--admin", made.admin, "-k", socket, "-f", made.format, f"disk={made.disk}"]
     with started(*NBDSERVE, *serve):
-        until(lambda: connectable(made.admin), "it listens")
+        until(lambda: greets(made.admin), "it answers")
         yield made
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.processes import connectable, until
+from tests.cli.processes import greets, until
 from tests.interop.conftest import Serve
 from tests.interop.tools import NBDSERVE, make_disk, tool
 
@@ -31,7 +31,7 @@ class Upstream:
 
     def start(self) -> None:
         self._process = subprocess.Popen(self._argv)
-        until(lambda: connectable(self.socket), "qemu-nbd listens")
+        until(lambda: greets(self.socket), "qemu-nbd answers")
 
     def end(self, number: int = signal.SIGTERM) -> None:
         if self._process is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.cli.processes import connectable, until
+from tests.cli.processes import greets, until
 from tests.interop.conftest import Serve
 from tests.interop.tools import make_disk, tool
 
@@ -21,7 +21,7 @@ def qemu_nbd(sock: Path, *argv: str | Path) -> Iterator[str]:
     """A qemu-nbd that ends with its last client or with the block; its URI."""
     with subprocess.Popen(["qemu-nbd", "-r", "-t", "-e", "8", "-k", sock, *argv]) as process:
         try:
-            until(lambda: connectable(sock), "qemu-nbd listens")
+            until(lambda: greets(sock), "qemu-nbd answers")
             yield f"nbd+unix:///?socket={sock}"
         finally:
             process.terminate()

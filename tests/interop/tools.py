@@ -58,25 +58,34 @@ class Server:
 def running_server(
     directory: Path, image: Path, image_format: str, options: Sequence[str] = (), *, tcp: bool = False
 ) -> Iterator[Server]:
-    """The server, once it accepts connections. Leaving sends SIGTERM and checks for exit code 0."""
+    """The server, once it greets clients. Leaving sends SIGTERM and checks for exit code 0."""
     template = os.environ.get(
         "INTEROP_SERVER", f"{shlex.quote(str(NBDSERVE))} serve -t -e 16 {{listen}} -f {{format}} {{options}} {{image}}"
     )
-    if tcp:
-        port = _free_port()
-        address, listen = f"127.0.0.1:{port}", f"-b 127.0.0.1 -p {port}"
-    else:
-        address = str(directory / "nbd.sock")
-        listen = f"-k {shlex.quote(address)}"
-    argv = shlex.split(
-        template.format(listen=listen, format=image_format, options=shlex.join(options), image=shlex.quote(str(image)))
-    )
-    log = directory / "server.log"
+    with socket.socket() as reserved:
+        if tcp:
+            # Nobody else is given a port that is bound; a server that sets SO_REUSEADDR can listen there all the same.
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            reserved.bind(("127.0.0.1", 0))
+            port = reserved.getsockname()[1]
+            address, listen = f"127.0.0.1:{port}", f"-b 127.0.0.1 -p {port}"
+        else:
+            address = str(directory / "nbd.sock")
+            listen = f"-k {shlex.quote(address)}"
+        command = template.format(
+            listen=listen, format=image_format, options=shlex.join(options), image=shlex.quote(str(image))
+        )
+        with _running(shlex.split(command), address, directory / "server.log") as server:
+            yield server
+
+
+@contextmanager
+def _running(argv: list[str], address: str, log: Path) -> Iterator[Server]:
     with log.open("ab") as output:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
     server = Server(process, address)
     try:
-        _wait_until_listening(server, argv, log)
+        _wait_until_it_answers(server, argv, log)
         yield server
     finally:
         process.terminate()
@@ -121,19 +130,14 @@ def make_disk(directory: Path, kind: str, content: bytes) -> tuple[Path, str]:
     return top, "qcow2"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_until_listening(server: Server, argv: list[str], log: Path) -> None:
+def _wait_until_it_answers(server: Server, argv: list[str], log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while server.process.poll() is None and time.monotonic() < deadline:
         try:
-            server.connect().close()
+            with server.connect() as connected:
+                if connected.recv(1):
+                    return
         except OSError:
-            time.sleep(0.05)
-        else:
-            return
-    raise AssertionError(f"{shlex.join(argv)} does not listen:\n{log.read_text(errors='replace')}")
+            pass
+        time.sleep(0.05)
+    raise AssertionError(f"{shlex.join(argv)} does not answer:\n{log.read_text(errors='replace')}")

@@ -85,7 +85,7 @@ async def test_a_failed_open_leaves_no_descriptor(path: str) -> None:
             await FileStorage.open(path)
         with pytest.raises(ImageError):
             await FileStorage.open("/dev/null")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     await holder.close()
 
 
@@ -99,7 +99,7 @@ async def test_a_cancelled_open_leaves_no_descriptor(path: str) -> None:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await (await task).close()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 async def test_identity_is_that_of_the_file(path: str) -> None:

@@ -47,7 +47,7 @@ def refusal(roots: ImageRoots, name: str, image: Path) -> str:
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ImageError) as caught:
         roots.open_beneath(name, relative_to=str(image), flags=os.O_RDONLY)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     message = str(caught.value)
     assert message.startswith(f"{image}: backing file = {name!r}: ")
     assert caught.value.field == "backing file"

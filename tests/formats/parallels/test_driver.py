@@ -333,7 +333,7 @@ async def test_freed_clusters_are_punched_when_discard_is_unmap(tmp_path: Path) 
         used = driver.storage.allocated_size()
         await flat.change(driver, "discard", 0, 2 * MIB)
         await driver._commits.settle()
-        assert (driver.storage.allocated_size() == used) == kept
+        assert (driver.storage.allocated_size() > used - MIB) == kept
         await driver.close()
 
 

@@ -22,7 +22,7 @@ from nbdserve.formats.parallels.driver import ParallelsDriver
 from nbdserve.formats.parallels.extension import DirtyBitmap, Extension, Feature
 from nbdserve.formats.parallels.layout import Header, plan
 from nbdserve.units import KIB, MIB
-from tests.cli.processes import connectable, until
+from tests.cli.processes import greets, until
 from tests.formats import flat
 from tests.support import images
 
@@ -135,7 +135,7 @@ def test_qemu_sees_the_same_bitmap(tmp_path: Path, size: int, cluster_size: int)
     command = ["qemu-nbd", "-r", "-f", "parallels", "-B", str(ID), "-k", str(socket), "-t", str(path)]
     with subprocess.Popen(command) as server:
         try:
-            until(lambda: connectable(socket), "qemu-nbd listens")
+            until(lambda: greets(socket), "qemu-nbd answers")
             context = f"qemu:dirty-bitmap:{ID}"
             out = images.run("nbdinfo", "--json", f"--map={context}", f"nbd+unix:///?socket={socket}")
         finally:
