@@ -62,8 +62,6 @@ class Admin:
         while "event" in (answer := await self._receive()):
             self._events.append(answer)
         if "error" in answer:
-            if answer["error"]["desc"].startswith("The server ends"):
-                raise ConnectionResetError(answer["error"]["desc"])
             raise KillFailure(f"{name} {given}: {answer['error']['desc']}")
         return answer["return"]
 
@@ -114,8 +112,8 @@ class Scene:
             backing = (path.name, fmt)
         return bytes(guest)
 
-    async def run(self, socket: Path) -> None:
-        """Do the job, until it has ended or the server is gone."""
+    async def run(self, socket: Path, victim: Victim) -> None:
+        """Do the job, until it has ended or the server is gone. One that ends has cancelled it, and may say so."""
         try:
             admin = await Admin.connect(socket)
             try:
@@ -124,6 +122,9 @@ class Scene:
                 admin.close()
         except (ConnectionError, asyncio.IncompleteReadError):
             return
+        except KillFailure:
+            if not victim.signalled:
+                raise
         finally:
             self.begun.set()
 
@@ -255,7 +256,7 @@ async def kill_once(kind: str, seed: int, folder: Path, result: Result, number: 
                 rng,
                 result,
                 delays=DELAYS,
-                meanwhile=partial(scene.run, socket),
+                meanwhile=partial(scene.run, socket, victim),
                 after=scene.begun,
                 number=number,
             )

@@ -45,6 +45,8 @@ class Victim:
     def __init__(self, image: Path, fmt: str, socket: Path, *options: str | Path) -> None:
         """``options`` are further ones of ``serve``."""
         self.socket = socket
+        self.signalled = False
+        """It has been told to end, by a signal."""
         socket.unlink(missing_ok=True)
         self.log = (socket.parent / "server.log").open("wb")
         self.process = subprocess.Popen(
@@ -104,7 +106,6 @@ async def load(
     ``meanwhile`` is run beside it, and ends when the server is gone; the delay begins with ``after``.
     """
     disk = await victim.connect()
-    killed = False
     flushes = 0
 
     def acknowledged(apply: object, *, acknowledges: bool = False) -> None:
@@ -118,15 +119,14 @@ async def load(
         random.Random(rng.random()),
         mix=mix,
         note=acknowledged,
-        on_error=lambda error: killed and isinstance(error, OSError) and _is_end(error),
+        on_error=lambda error: victim.signalled and isinstance(error, OSError) and _is_end(error),
     )
 
     async def execute() -> None:
-        nonlocal killed
         if after is not None:
             await after.wait()
         await asyncio.sleep(rng.choice(delays) * (0.5 + rng.random()))
-        killed = True
+        victim.signalled = True
         workload.stop()
         victim.process.send_signal(number)
 
