@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -13,8 +14,15 @@ from typing import Any
 
 import pytest
 
-SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
-"""Where crash states are materialised: in memory, where there is such a file system."""
+
+def _in_memory() -> Path | None:
+    """A writable file system in memory with room for what several processes make; containers have one of 64 MiB."""
+    path = Path("/dev/shm")
+    return path if os.access(path, os.W_OK) and shutil.disk_usage(path).free >= 1 << 30 else None
+
+
+SCRATCH = _in_memory()
+"""Where crash states are materialised: in memory, or else (None) where temporary files are."""
 
 HAVE_QEMU = bool(shutil.which("qemu-img") and shutil.which("qemu-io"))
 needs_qemu = pytest.mark.skipif(not HAVE_QEMU, reason="qemu-img and qemu-io are not installed")
