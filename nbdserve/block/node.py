@@ -334,6 +334,7 @@ class Node:
         try:
             return self.top.zero(offset, length, unmap=unmap)
         finally:
+            self.changes += 1
             self.places.forget(offset, length)
 
     def discard_mapping(self, offset: int, length: int) -> int | None:
@@ -341,6 +342,7 @@ class Node:
         try:
             return self.top.discard(offset, length)
         finally:
+            self.changes += 1
             self.places.forget(offset, length)
 
     @property

@@ -73,7 +73,6 @@ async def _fill(node: Node, start: int, stop: int, kind: int) -> int:
     if kind == ZERO and await reads_zero(node, start, end - start):
         while (done := node.zero_mapping(start, stop - start, unmap=False)) is None:
             await top.load(start)
-        node.changes += 1
         if done:
             return min(done, end - start)
     stop = min(stop, start + max(_LONGEST, top.granularity))

@@ -151,13 +151,13 @@ class FlatImage(FormatDriver):
     async def load(self, offset: int) -> None:
         """Bring the page of the map that has ``offset`` into memory.
 
-        When too many pages differ from the disk, they are written back first.
+        If it is there and too many pages differ from the disk, they are written back: who reads does not wait for it.
         """
-        if not self.read_only and self.map.cache.crowded:
-            await self._commits.commit()
         page = offset // self._block >> PAGE_BITS
         if self.map.find(page) is None:
             await self.map.load(page)
+        elif not self.read_only and self.map.cache.crowded:
+            await self._commits.commit()
         else:
             self._announced = True  # nothing but ``lookup_writable`` sends anyone here then
 

@@ -153,7 +153,10 @@ class Backup(NodeJob):
             self._finished(True, None)
 
     async def abort(self) -> None:
-        """Some is not."""
+        """Some is not: what the moment has marked once the copies under way have ended, well or not."""
+        if self._moment is not None:
+            self.node.unwatch(self._moment)
+            await self._moment.settle()
         if self._finished is not None:
             self._finished(False, None if self._moment is None else self._moment.todo)
 

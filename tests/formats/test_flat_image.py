@@ -151,6 +151,20 @@ async def test_a_stopped_image_is_written_no_more() -> None:
         driver.allocate(8192, 1)
 
 
+async def test_what_is_on_disk_is_read_when_nothing_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = await _tiny(512, 2 * PAGE_WORDS * 512)
+    await flat.write(driver, 0, b"x")
+
+    async def full(pieces: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(driver.storage, "write_stable", full)
+    monkeypatch.setattr(driver.map.cache, "_generation", 0)
+    with pytest.raises(OSError, match="full"):
+        await driver.load(0)  # is in memory already: it is for a writer, and too much waits for a commit
+    assert await flat.read(driver, PAGE_WORDS * 512, 512) == bytes(512)
+
+
 async def test_a_repair_is_the_end_of_writing() -> None:
     driver = await _tiny(4096, 100_000)
     await flat.write(driver, 5000, b"x")

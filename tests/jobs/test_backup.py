@@ -90,6 +90,35 @@ async def test_it_waits_for_the_copy_that_a_client_waits_for() -> None:
     assert await node.read(0, 513) == b"b" * 512 + b"a"
 
 
+async def test_what_a_client_waits_for_when_it_is_cancelled_counts_as_copied_only_if_it_is() -> None:
+    class Slow(MemoryStorage):
+        async def read_into(self, offset: int, buffer: memoryview) -> None:
+            reading.set()
+            await go_on.wait()
+            raise OSError(errno.EIO, "failed")
+
+    reading, go_on = asyncio.Event(), asyncio.Event()
+    node, target = await raw_node(Slow(b"a" * SIZE)), await raw_node(MemoryStorage(bytes(SIZE)))
+    left: list[bool] = []
+
+    def finished(done: bool, not_copied: DirtyBitmap | None) -> None:
+        assert not done
+        assert not_copied is not None
+        left.append(not_copied.is_dirty(0))
+
+    job = Backup("job", node, target, finished=finished)
+    job.hold()
+    begin(job)
+    client = asyncio.create_task(node.write(0, b"b" * 512))
+    await reading.wait()
+    job.force_cancel()
+    await settle()
+    go_on.set()
+    await client
+    await job.wait()
+    assert left == [True]
+
+
 async def test_the_top_layer_alone(tmp_path: Path) -> None:
     node = await chain(tmp_path, "qcow2 0a 1a 2a", "qcow2 1b 2z")
     await Backup("job", node, await _target(tmp_path, backing=tmp_path / "0.qcow2"), sync="top").result()

@@ -250,7 +250,12 @@ class VhdxDriver(VhdxImage):
         await self._cover_blocks()
         await self.storage.flush()
         self._log.stable_size = self._log.end = self.storage.size
-        await self._log.barrier_log(await change_pages(self.storage, self.structure, wanted, bat))
+        try:
+            await self._log.barrier_log(await change_pages(self.storage, self.structure, wanted, bat))
+        except BaseException as error:
+            # Some of the pages may be in their places: the log has to stay, for the next one who opens it.
+            self._stop_writing(f"{self.path}: it could not be resized, open it anew: {error}")
+            raise
         self._adopt(wanted, bat)
         await self.flush()
 

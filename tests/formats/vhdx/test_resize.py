@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nbdserve.block.node import Node
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, RequestError
 from nbdserve.formats.vhdx.driver import VhdxDriver
 from nbdserve.formats.vhdx.layout import FULLY_PRESENT
 from nbdserve.formats.vhdx.structure import read_structure
+from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.memory import MemoryStorage
 from nbdserve.units import GIB, MIB, TIB
 from tests.formats.vhdx.helpers import (
@@ -175,6 +178,41 @@ async def test_the_largest_disk() -> None:
     again = await node_on(storage, read_only=True)
     assert again.size == 64 * TIB
     assert await again.read(64 * TIB - 4, 4) == b"\0end"
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+async def test_one_that_fails_in_the_middle_is_finished_by_who_opens_the_image_next(
+    monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    storage = await made(120 * GIB, "block_size=1M")
+    node = await node_on(storage)
+    await node.write(0, b"before")
+    await node.flush()
+    write_all = storage.write_all
+
+    async def some(pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
+        if len(pieces) == 1:  # an entry of the log
+            return await write_all(pieces)
+        await write_all(pieces[:done])
+        raise OSError(errno.EIO, "failed")
+
+    async def stay_open() -> None:
+        pass
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "write_all", some)
+        with pytest.raises(OSError, match="failed"):
+            await node.resize(300 * GIB)
+        with pytest.raises(RequestError, match="could not be resized"):
+            await node.top.resize(300 * GIB)
+        patched.setattr(storage, "close", stay_open)
+        await node.close()
+    again = await node_on(storage)
+    assert again.size == 300 * GIB
+    assert await again.read(0, 6) == b"before"
+    await again.write(300 * GIB - 5, b"after")
+    await finish(again)
+    assert (await driver_of(await node_on(storage, read_only=True)).check()).corruptions == 0
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "moved", "fixed", "differencing"])
