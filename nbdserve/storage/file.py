@@ -383,13 +383,17 @@ class FileStorage(Storage):
             await self.truncate(max(size, self.size))
             return
         try:
-            await self._change(blocking.extend_file, self._fd, size)
+            await self._change(self._extend, self._fd, size)
         finally:
             self._measure()
 
     def _truncate(self, fd: int, size: int) -> None:
         with self._gate(size, 0):
             os.ftruncate(fd, size)
+
+    def _extend(self, fd: int, size: int) -> None:
+        with self._gate(0, 0):  # a read-modify-write at the end of the file cuts off what is not its own
+            blocking.extend_file(fd, size)
 
     async def host_map(self, offset: int, length: int, max_runs: int = 1 << 16) -> RunArray:
         return await self._run(blocking.seek_map, self._fd, offset, length, self.size, max_runs)

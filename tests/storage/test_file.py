@@ -484,6 +484,33 @@ async def test_direct_writes_never_bypass_the_gate(path: str, monkeypatch: pytes
     await storage.close()
 
 
+async def test_a_file_that_is_extended_is_not_cut_by_a_write_at_its_end(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        storage = await FileStorage.open(path, cache="none")
+    except ImageError:
+        pytest.skip("this file system has no direct I/O")
+    if storage._direct is None:
+        pytest.skip("a file system in memory")
+    cut, cutting, go_on = os.ftruncate, threading.Event(), threading.Event()
+
+    def slow(fd: int, size: int) -> None:
+        cutting.set()
+        assert go_on.wait(60)
+        cut(fd, size)
+
+    monkeypatch.setattr(os, "ftruncate", slow)
+    write = asyncio.create_task(storage.write(64 * KIB, b"b"))
+    await asyncio.to_thread(cutting.wait)
+    extend = asyncio.create_task(storage.extend(MIB))
+    await asyncio.sleep(0.05)  # it would be done by now, if it did not wait
+    go_on.set()
+    await asyncio.gather(write, extend)
+    assert storage.size == Path(path).stat().st_size == MIB
+    await storage.close()
+
+
 async def test_unsafe_and_read_only_do_not_sync(path: str, syncs: Syncs) -> None:
     for options in ({"cache": "unsafe"}, {"read_only": True}):
         storage = await FileStorage.open(path, **options)
