@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from nbdserve.block.drain import uninterrupted
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
 from nbdserve.block.window import NodeStorage
@@ -313,8 +314,12 @@ async def reopen(node: Node, index: int, *, read_only: bool) -> FormatDriver:
 
     The file is the same one, whatever its name has become; it is unlocked in between. ImageError, with the layer as it
     was, when it cannot be: another process uses it, or the file may not be written. What closing the old one raises
-    (OSError, RequestError) is raised when the new one has taken its place.
+    (OSError, RequestError) is raised when the new one has taken its place; so is that the caller was cancelled.
     """
+    return await uninterrupted(_reopen(node, index, read_only=read_only))
+
+
+async def _reopen(node: Node, index: int, *, read_only: bool) -> FormatDriver:
     old = node.layers[index]
     origin, storage = old.origin, old.storage
     if not isinstance(origin, Origin) or not isinstance(storage, FileStorage):

@@ -59,7 +59,7 @@ async def close_base(node: Node, index: int) -> None:
     """Undo ``open_base``: nobody writes the layer any more."""
     if not node.layers[index].read_only:
         async with node.drained():
-            await uninterrupted(close_to_writing(node, index))
+            await close_to_writing(node, index)
 
 
 class ActiveCommit(Mirror):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from pathlib import Path
 
 import pytest
 
+from nbdserve.block.graph import reopen
 from nbdserve.errors import ConfigError, ImageError, JobError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.qcow2.driver import Qcow2Driver
@@ -126,6 +128,33 @@ async def test_cancelled_the_chain_is_as_it_was(tmp_path: Path, ready: bool) -> 
     assert [Path(layer.path).name for layer in node.layers] == ["2.qcow2", "1.qcow2", "0.qcow2"]
     assert [layer.read_only for layer in node.layers] == [False, True, True]
     assert await letters(node) == "abcd"
+    await node.close()
+
+
+async def test_a_layer_is_opened_again_also_when_the_caller_is_cancelled(tmp_path: Path) -> None:
+    node = await chain(tmp_path, "qcow2 0a", "qcow2 1b")
+    base = node.layers[1]
+    close, closing, go_on = base.close, asyncio.Event(), asyncio.Event()
+
+    async def slow() -> None:
+        await close()
+        closing.set()
+        await go_on.wait()
+
+    base.close = slow  # type: ignore[method-assign]
+
+    async def again() -> None:
+        async with node.drained():
+            await reopen(node, 1, read_only=False)
+
+    task = asyncio.create_task(again())
+    await closing.wait()
+    task.cancel()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await letters(node) == "ab"
+    assert not node.layers[1].read_only
     await node.close()
 
 
