@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class NbdserveError(Exception):
@@ -90,3 +92,14 @@ def errno_of(error: BaseException) -> int:
     if isinstance(error, MemoryError):
         return _errno.ENOMEM
     return _errno.EIO
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """The kernel's errors on a descriptor name no file: those that pass here get ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror and error.filename is None:
+            error.filename = path
+        raise

@@ -8,14 +8,13 @@ stretches of the disk as fill a buffer: while one request is written, the next i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterable, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from nbdserve.block.bulk import Ranges
 from nbdserve.buffers import fill_zeroes
-from nbdserve.errors import RequestError
+from nbdserve.errors import RequestError, naming
 from nbdserve.jobs.stretches import Stretch, What
 from nbdserve.jobs.zeroes import data_runs
 from nbdserve.units import GIB, KIB, MIB, SECTOR_SIZE
@@ -97,17 +96,6 @@ def unit_for(granularity: int, sparse: int) -> int:
     """
     smallest = min(4 * KIB, 1 << max(sparse, SECTOR_SIZE).bit_length() - 1)
     return max(smallest, min(granularity, _LARGEST_UNIT))
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """The kernel's errors name no file."""
-    try:
-        yield
-    except OSError as error:
-        if error.strerror and error.filename is None:
-            error.filename = path
-        raise
 
 
 class _Stopped:
@@ -235,7 +223,7 @@ class Copy:
                 await before.wait()
             if not self._options.sequential:
                 begun.set()
-            with _naming(self._target.path):
+            with naming(self._target.path):
                 await self._target.zero(offset + self._shift, length, unmap=self._options.unmap)
         finally:
             begun.set()
@@ -263,7 +251,7 @@ class Copy:
             async with self._writers:
                 if not self._options.sequential:
                     begun.set()
-                with _naming(self._target.path):
+                with naming(self._target.path):
                     await self._write(ranges)
         finally:
             begun.set()
@@ -272,7 +260,7 @@ class Copy:
 
     async def _read(self, ranges: list[tuple[int, memoryview]]) -> None:
         try:
-            with _naming(self._source.path):
+            with naming(self._source.path):
                 await self._source.read_all(ranges)
         except (OSError, RequestError) as error:
             if self._options.skip_errors is None:

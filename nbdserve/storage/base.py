@@ -14,13 +14,16 @@ and the range it was for may be given to something else.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from nbdserve.extents import RunArray
 
 ReadBuffer: TypeAlias = bytes | bytearray | memoryview
 """Bytes to be written; never modified by a storage, and free for reuse when the call returns."""
+
+BlockingRead: TypeAlias = Callable[[int, memoryview], None]
+"""``read_into`` for worker threads."""
 
 
 class Storage(ABC):
@@ -34,6 +37,8 @@ class Storage(ABC):
     """Offsets and lengths that are multiples of this are served without a bounce buffer."""
     grows_zeroed: bool = True
     """Space past ``size`` reads as zeroes when first written around (regular files: yes; block devices: no)."""
+    blocking_read: BlockingRead | None = None
+    """For work on a worker thread that ends before the storage is closed; None where bytes come from elsewhere."""
 
     def try_read_into(self, offset: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` from ``offset`` without blocking; False (buffer undefined) if that is not possible."""

@@ -95,6 +95,7 @@ class FileStorage(Storage):
         self._read_fully = blocking.read_fully if self._direct is None else self._direct.read_fully
         self._write_fully = blocking.write_fully if self._direct is None else self._direct.write_fully
         self._write_each = aio.write_all if self._direct is None else aio.write_singly
+        self.blocking_read = partial(self._read_fully, fd)
         self.grows_zeroed = not self.is_device
         self.size = 0
         self._measure()
@@ -497,6 +498,7 @@ class FileStorage(Storage):
         # A read after this fails instead of reaching whatever file gets the number next.
         fd, self._fd = self._fd, -1
         self.try_read_into = super().try_read_into  # type: ignore[method-assign]
+        self.blocking_read = None
         await self._pool.run(os.close, fd)
 
 

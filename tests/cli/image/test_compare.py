@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nbdserve.storage import blocking
 from nbdserve.storage.file import FileStorage
 from tests.cli.image.helpers import Ran, image, qemu_img
 from tests.support.images import needs_qemu, run
@@ -71,9 +72,14 @@ def test_exit_codes(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def broken(self: FileStorage, *_: Any) -> Any:
         raise OSError(5, os.strerror(5), self.path)
 
+    def unreadable(fd: int, offset: int, buffer: memoryview) -> None:
+        raise OSError(5, os.strerror(5))
+
     with monkeypatch.context() as patched:
-        patched.setattr(FileStorage, "read_all", broken)
-        assert ended("-f", "raw", "-F", "raw", "a.raw", "longer.vdi").code == 4
+        patched.setattr(blocking, "read_fully", unreadable)
+        ran = ended("-f", "raw", "-F", "raw", "a.raw", "longer.vdi")
+        assert ran.code == 4
+        assert ran.err in ("nbdserve: a.raw: Input/output error\n", "nbdserve: longer.vdi: Input/output error\n")
     with monkeypatch.context() as patched:
         patched.setattr(FileStorage, "host_map", broken)
         assert ended("-s", "-f", "raw", "-F", "raw", "a.raw", "a.raw").code == 3
