@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias
 
-from nbdserve.formats.luks.keys import UNLOCK_SECONDS
+from nbdserve.formats.encryption import UNLOCK_SECONDS
 from nbdserve.storage.base import Storage
 from nbdserve.storage.nbd_target import NbdTarget
 

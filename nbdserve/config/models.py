@@ -15,7 +15,7 @@ from nbdserve.block.spec import ImageSpec
 from nbdserve.config.image_opts import discard_mode, image_from_filename
 from nbdserve.config.secrets import chosen_secret
 from nbdserve.errors import ConfigError
-from nbdserve.formats.luks.keys import UNLOCK_SECONDS
+from nbdserve.formats.encryption import UNLOCK_SECONDS
 from nbdserve.server.addresses import Address, parse_address
 from nbdserve.storage.nbd_target import is_nbd
 from nbdserve.units import MIB, parse_size

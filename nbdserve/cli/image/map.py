@@ -33,7 +33,6 @@ from nbdserve.errors import ImageError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.formats.qcow2.preallocation import metadata_preallocated
-from nbdserve.formats.vmdk.driver import VmdkDriver
 from nbdserve.storage.base import Storage
 from nbdserve.storage.joined import INSIDE_PART, PART_BITS, JoinedStorage
 
@@ -90,7 +89,7 @@ async def rows(node: Node, start: int, end: int) -> AsyncIterator[Columns]:
         for depth, layer in enumerate(node.layers)
         if isinstance(layer, Qcow2Driver) and await metadata_preallocated(layer.storage, layer.header)
     }
-    flat = [depth for depth, layer in enumerate(node.layers) if isinstance(layer, VmdkDriver)]
+    flat = [depth for depth, layer in enumerate(node.layers) if layer.name == "vmdk"]
     async for part in map_chain(node.layers, start, end):
         columns = part
         hole = np.zeros(len(part), np.bool_)

@@ -14,10 +14,10 @@ from typing import Final
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import CreateOption
+from nbdserve.formats.encryption import UNLOCK_SECONDS
 from nbdserve.formats.encryption.ciphers import essiv_key
 from nbdserve.formats.luks import antiforensic, layout
 from nbdserve.formats.luks.keys import (
-    UNLOCK_SECONDS,
     is_available,
     iterations_per_second,
     key_digest,

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from nbdserve.errors import CorruptImageError, ImageError, UnsupportedImageError
+from nbdserve.formats.encryption import UNLOCK_SECONDS
 from nbdserve.formats.encryption.ciphers import (
     CbcCipher,
     IvGenerator,
@@ -31,9 +32,6 @@ from nbdserve.storage.base import Storage
 from nbdserve.storage.pool import worker_pool
 from nbdserve.units import div_ceil
 
-UNLOCK_SECONDS: Final = 60.0
-"""Allowed by default: of one processor, for all slots that are tried. Eight slots of two seconds, on a machine a
-quarter as fast. Less would lock people out of what QEMU and cryptsetup open, which have no limit."""
 _CALIBRATION_SECONDS: Final = 0.01
 
 

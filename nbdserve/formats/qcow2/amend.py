@@ -17,6 +17,7 @@ from nbdserve.formats.qcow2.backing import header_with
 from nbdserve.formats.qcow2.check_analysis import read_header
 from nbdserve.formats.qcow2.commit import HeaderSector
 from nbdserve.formats.qcow2.create import CREATE_OPTIONS, FEATURE_NAMES_MIN_CLUSTER_BITS, VERSIONS
+from nbdserve.formats.qcow2.format import AMENDABLE
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.header_change import change_header
 from nbdserve.formats.qcow2.rewrite import read_state, replace_tables
@@ -24,16 +25,6 @@ from nbdserve.formats.qcow2.snapshots import NO_ICOUNT, SNAPSHOT_EXTRA, Snapshot
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE
 
-AMENDABLE: Final = (
-    "backing_file",
-    "backing_fmt",
-    "compat",
-    "data_file",
-    "data_file_raw",
-    "lazy_refcounts",
-    "refcount_bits",
-)
-AMEND_OPTIONS: Final = tuple(replace(option, default="") for option in CREATE_OPTIONS if option.name in AMENDABLE)
 _NEWER: Final = "compatibility level 1.1 or above (use compat=1.1 or greater)"
 
 

@@ -14,8 +14,6 @@ import numpy as np
 from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO, Run, RunStream
 from nbdserve.formats.base import Allocation, SnapshotInfo
-from nbdserve.formats.qcow2 import snapshot_changes
-from nbdserve.formats.qcow2.amend import amend_qcow2, parse_amendment
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.formats.qcow2.layout import (
@@ -386,6 +384,8 @@ class Qcow2Driver(Qcow2Image):
 
     async def amend(self, options: Mapping[str, str]) -> None:
         """Change version, refcount width, backing file and the like, where the driver was opened read-only, too."""
+        from nbdserve.formats.qcow2.amend import amend_qcow2, parse_amendment  # noqa: PLC0415  (rarely needed)
+
         amendment = parse_amendment(options)
         async with self.replaced_tables():
             await amend_qcow2(self.storage, amendment)
@@ -394,16 +394,22 @@ class Qcow2Driver(Qcow2Image):
 
     async def create_snapshot(self, name: str, *, icount: int | None = None) -> SnapshotInfo:
         """The disk as it is now becomes a snapshot; the file is changed where the driver was opened read-only, too."""
+        from nbdserve.formats.qcow2 import snapshot_changes  # noqa: PLC0415  (rarely needed)
+
         async with self.replaced_tables():
             snapshot = await snapshot_changes.create_snapshot(self.storage, name, icount=icount)
         return describe(snapshot, self.header)
 
     async def apply_snapshot(self, wanted: str) -> None:
         """A snapshot becomes the disk; what that has now is lost."""
+        from nbdserve.formats.qcow2 import snapshot_changes  # noqa: PLC0415  (rarely needed)
+
         async with self.replaced_tables():
             await snapshot_changes.apply_snapshot(self.storage, wanted)
 
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """What no other snapshot and not the disk uses becomes free."""
+        from nbdserve.formats.qcow2 import snapshot_changes  # noqa: PLC0415  (rarely needed)
+
         async with self.replaced_tables():
             await snapshot_changes.delete_snapshot(self.storage, snapshot_id)

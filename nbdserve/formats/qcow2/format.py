@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, Final
 
 from nbdserve.formats.base import CreateOption, FormatDriver, ImageInfo
 from nbdserve.formats.luks.layout import Header as LuksHeader
 from nbdserve.formats.qcow2 import layout
-from nbdserve.formats.qcow2.amend import AMEND_OPTIONS
 from nbdserve.formats.qcow2.create import CREATE_OPTIONS, create_qcow2, parse_encryption, plan_image, virtual_size
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.snapshots import Snapshot, describe
 from nbdserve.storage.base import Storage
+
+AMENDABLE: Final = (
+    "backing_file",
+    "backing_fmt",
+    "compat",
+    "data_file",
+    "data_file_raw",
+    "lazy_refcounts",
+    "refcount_bits",
+)
+_AMEND_OPTIONS: Final = tuple(replace(option, default="") for option in CREATE_OPTIONS if option.name in AMENDABLE)
 
 
 class Qcow2Format(FormatDriver):
@@ -21,7 +32,7 @@ class Qcow2Format(FormatDriver):
 
     name: ClassVar[str] = "qcow2"
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
-    amend_options: ClassVar[tuple[CreateOption, ...]] = AMEND_OPTIONS
+    amend_options: ClassVar[tuple[CreateOption, ...]] = _AMEND_OPTIONS
     backing_formats: ClassVar[tuple[str, ...] | None] = None
     has_snapshots: ClassVar[bool] = True
     takes_data_file: ClassVar[bool] = True
