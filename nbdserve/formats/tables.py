@@ -7,13 +7,14 @@ those it uses in an ``L2Cache``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from nbdserve.storage.base import ReadBuffer
+from nbdserve.storage.base import ReadBuffer, Storage
 from nbdserve.units import MIB, SECTOR_SIZE
 
 Words: TypeAlias = npt.NDArray[np.uint64]
@@ -210,3 +211,40 @@ class L2Cache:
         self.recent.pop(table.l1_index, None)
         self._old.pop(table.l1_index, None)
         self.changed.discard(table)
+
+
+async def read_tables(
+    storage: Storage,
+    cache: L2Cache,
+    numbers: range,
+    size: int,
+    place: Callable[[int], int],
+    decode: Callable[[bytearray], AnyWords],
+) -> AnyWords:
+    """The words of these tables of ``size`` bytes, one behind the other, as they are in memory where they are.
+
+    ``place`` is the host offset of a table that is not. Those side by side are read together, and none is kept.
+    """
+    stored = bytearray(len(numbers) * size)
+    view = memoryview(stored)
+    missing: list[tuple[int, int, int]] = []  # host offset of the first one, and ``[begin, stop)`` in ``stored``
+    for begin, number in enumerate(numbers):
+        if cache.peek(number) is None:
+            host_offset = place(number)
+            last_offset, last, stop = missing[-1] if missing else (0, 0, -1)
+            if stop == begin * size and last_offset + stop - last == host_offset:
+                missing[-1] = last_offset, last, stop + size
+            else:
+                missing.append((host_offset, begin * size, (begin + 1) * size))
+    reads = []
+    for host_offset, begin, stop in missing:
+        if not storage.try_read_into(host_offset, view[begin:stop]):
+            reads.append(storage.read_into(host_offset, view[begin:stop]))
+    if reads:
+        await asyncio.gather(*reads)
+    words = decode(stored)
+    for row, number in zip(words.reshape(len(numbers), -1), numbers, strict=True):
+        table = cache.peek(number)  # also one that came, and was changed, while others were read
+        if table is not None:
+            row[:] = table.words
+    return words

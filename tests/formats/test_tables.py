@@ -18,9 +18,11 @@ from nbdserve.formats.tables import (
     decode_table,
     decode_words,
     encode_words,
+    read_tables,
     run_from,
     sector_runs,
 )
+from nbdserve.storage.memory import MemoryStorage
 
 
 def test_words_are_big_endian_on_disk() -> None:
@@ -127,3 +129,25 @@ def test_a_run_is_as_long_as_the_entries_keep_step(
     entries = Table(0, np.array(words, np.uint64)).entries
     found = run_from(entries, index, len(words), 65536 - inside, length, 65536, step)
     assert found == min(length, count * 65536 - inside)
+
+
+async def test_tables_side_by_side_are_read_together_and_those_in_memory_are_not() -> None:
+    class Counting(MemoryStorage):
+        def try_read_into(self, offset: int, buffer: memoryview) -> bool:
+            reads.append((offset, len(buffer)))
+            return offset != 4096 and super().try_read_into(offset, buffer)
+
+        async def read_into(self, offset: int, buffer: memoryview) -> None:
+            assert super().try_read_into(offset, buffer)
+            if offset == 4096:  # changed by somebody else meanwhile
+                cache.create(14, 4096, np.full(64, 77, np.uint64))
+
+    reads: list[tuple[int, int]] = []
+    storage, cache = Counting(), L2Cache(512)
+    places = {10: 0, 11: 512, 13: 2048, 14: 4096, 15: 4608}
+    for number, offset in places.items():
+        await storage.write(offset, encode_words(np.full(64, number, np.uint64)))
+    cache.create(12, 1024, np.full(64, 99, np.uint64))
+    words = await read_tables(storage, cache, range(10, 16), 512, places.__getitem__, decode_words)
+    assert [set(row) for row in words.reshape(6, -1).tolist()] == [{10}, {11}, {99}, {13}, {77}, {15}]
+    assert reads == [(0, 1024), (2048, 512), (4096, 1024)]

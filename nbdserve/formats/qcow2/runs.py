@@ -12,7 +12,7 @@ import numpy.typing as npt
 from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO, Int64Array, RunArray, RunStream
 from nbdserve.formats.qcow2.layout import COMPRESSED_FLAG, COPIED, CRYPT_NONE, OFFSET_MASK, SUBCLUSTERS, ZERO_FLAG
-from nbdserve.formats.tables import Words, decode_words
+from nbdserve.formats.tables import Words, decode_words, read_tables
 from nbdserve.units import MIB
 
 if TYPE_CHECKING:
@@ -40,39 +40,14 @@ async def iter_runs(driver: Qcow2Driver, start: int, end: int) -> RunStream:
         else:
             unused = ~used[:most]
             count = int(unused.argmax()) or len(unused)
-            words = await _read_tables(driver, first, count)
+            tables = range(first, first + count)
+            words = await read_tables(
+                driver.storage, driver.cache, tables, driver.cluster_size, driver.l2_offset, decode_words
+            )
             until = min(end, (first + count) * coverage)
             yield _runs(driver, words, first * coverage, start, until)
         start = until
         await asyncio.sleep(0)
-
-
-async def _read_tables(driver: Qcow2Driver, first: int, count: int) -> Words:
-    """The words of ``count`` consecutive L2 tables, as they are in memory where they are."""
-    size = driver.cluster_size
-    stored = bytearray(count * size)
-    view = memoryview(stored)
-    missing: list[tuple[int, int]] = []
-    for number in range(count):
-        if driver.cache.peek(first + number) is None:
-            host_offset = driver.l2_offset(first + number)
-            if missing and missing[-1][1] == number and driver.l2_offset(first + number - 1) + size == host_offset:
-                missing[-1] = (missing[-1][0], number + 1)
-            else:
-                missing.append((number, number + 1))
-    reads = []
-    for begin, stop in missing:
-        host_offset, part = driver.l2_offset(first + begin), view[begin * size : stop * size]
-        if not driver.storage.try_read_into(host_offset, part):
-            reads.append(driver.storage.read_into(host_offset, part))
-    if reads:
-        await asyncio.gather(*reads)
-    words = decode_words(stored)
-    for number in range(count):
-        table = driver.cache.peek(first + number)  # also one that came, and was changed, while others were read
-        if table is not None:
-            words[number * size // 8 : (number + 1) * size // 8] = table.words
-    return words
 
 
 def _runs(driver: Qcow2Driver, words: Words, base: int, start: int, end: int) -> RunArray:

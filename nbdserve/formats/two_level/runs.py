@@ -10,7 +10,7 @@ import numpy as np
 
 from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, RunArray, RunStream
-from nbdserve.formats.tables import Words
+from nbdserve.formats.tables import Words, read_tables
 from nbdserve.formats.two_level.entries import BAD_ENTRY, kinds_of
 from nbdserve.units import MIB
 
@@ -37,40 +37,18 @@ async def iter_runs(driver: TwoLevelImage, start: int, end: int) -> RunStream:
             first = start >> geometry.slice_shift
             stop = min(first + most, (l1_index + tables) << geometry.slices_per_table_bits)
             stop = min(stop, (end - 1 >> geometry.slice_shift) + 1)
-            words = await _read_slices(driver, first, stop - first)
+            words = await read_tables(
+                driver.storage,
+                driver.cache,
+                range(first, stop),
+                geometry.slice_bytes,
+                driver.slice_offset,
+                driver.decode_slices,
+            )
             until = min(end, stop << geometry.slice_shift)
             yield _runs(driver, words, first << geometry.slice_shift, start, until)
         start = until
         await asyncio.sleep(0)
-
-
-async def _read_slices(driver: TwoLevelImage, first: int, count: int) -> Words:
-    """The words of ``count`` consecutive slices, as they are in memory where they are."""
-    size = driver.geometry.slice_bytes
-    stored = bytearray(count * size)
-    view = memoryview(stored)
-    missing: list[tuple[int, int, int]] = []  # host offset, first and end slice
-    for number in range(count):
-        if driver.cache.peek(first + number) is None:
-            host_offset = driver.slice_offset(first + number)
-            at, begin, stop = missing[-1] if missing else (0, 0, -1)
-            if stop == number and at + (number - begin) * size == host_offset:
-                missing[-1] = at, begin, number + 1
-            else:
-                missing.append((host_offset, number, number + 1))
-    reads = []
-    for host_offset, begin, stop in missing:
-        part = view[begin * size : stop * size]
-        if not driver.storage.try_read_into(host_offset, part):
-            reads.append(driver.storage.read_into(host_offset, part))
-    if reads:
-        await asyncio.gather(*reads)
-    words = driver.decode_slices(stored)
-    for number in range(count):
-        table = driver.cache.peek(first + number)  # also one that came, and was changed, while others were read
-        if table is not None:
-            words[number * size // 8 : (number + 1) * size // 8] = table.words
-    return words
 
 
 def _runs(driver: TwoLevelImage, words: Words, base: int, start: int, end: int) -> RunArray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from nbdserve.errors import RequestError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO, RunArray, RunStream
-from nbdserve.formats.tables import AnyWords
+from nbdserve.formats.tables import AnyWords, read_tables
 from nbdserve.formats.vmdk.extents import SECTOR_BITS, Extent, FlatExtent, SparseExtent
 from nbdserve.formats.vmdk.layout import UNALLOCATED_ENTRY, ZEROED_ENTRY
 from nbdserve.storage.base import Storage
@@ -62,36 +62,19 @@ async def _sparse_runs(extent: SparseExtent, start: int, end: int) -> RunStream:
         else:
             unused = ~used[:most]
             count = int(unused.argmax()) or len(unused)
-            words = await read_tables(extent, first, count)
+            key = extent.first_key
+            words = await read_tables(
+                extent.file,
+                extent.cache,
+                range(key + first, key + first + count),
+                extent.header.table_bytes,
+                lambda number: extent.table_place(number - extent.first_key),
+                extent.decode,
+            )
             until = min(end, (first + count) * coverage)
             yield _decode(extent, words, first * coverage, start, until)
         start = until
         await asyncio.sleep(0)
-
-
-async def read_tables(extent: SparseExtent, first: int, count: int) -> AnyWords:
-    """The words of ``count`` consecutive grain tables that exist, as they are in memory where they are."""
-    size = extent.header.table_bytes
-    stored = bytearray(count * size)
-    view = memoryview(stored)
-    places = [extent.table_place(first + number) for number in range(count)]
-    missing: list[tuple[int, int]] = []
-    for number in range(count):
-        if extent.cache.peek(extent.first_key + first + number) is None:
-            if missing and missing[-1][1] == number and places[number - 1] + size == places[number]:
-                missing[-1] = (missing[-1][0], number + 1)
-            else:
-                missing.append((number, number + 1))
-    for begin, stop in missing:
-        part = view[begin * size : stop * size]
-        if not extent.file.try_read_into(places[begin], part):
-            await extent.file.read_into(places[begin], part)
-    words = extent.decode(stored)
-    for number in range(count):
-        table = extent.cache.peek(extent.first_key + first + number)  # also one that came while others were read
-        if table is not None:
-            words[number * extent.header.table_entries :][: extent.header.table_entries] = table.words
-    return words
 
 
 def _decode(extent: SparseExtent, words: AnyWords, base: int, start: int, end: int) -> RunArray:
