@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections import OrderedDict
+from functools import partial
 from typing import Final
 
 import zstandard
@@ -61,8 +62,22 @@ class CompressedClusters:
         if task is None:
             task = asyncio.get_running_loop().create_task(self._read(entry))
             self._running[entry] = task
-            task.add_done_callback(lambda _: self._running.pop(entry, None))
+            task.add_done_callback(partial(self._ended, entry))
         return await asyncio.shield(task)
+
+    def forget(self, entry: int) -> None:
+        """Other data is where this entry says from now on: its space was free, and has been used again."""
+        self._kept.pop(entry, None)
+        self._running.pop(entry, None)
+
+    def _ended(self, entry: int, task: asyncio.Task[bytes]) -> None:
+        if self._running.get(entry) is not task:
+            return
+        del self._running[entry]
+        if not task.cancelled() and task.exception() is None:
+            self._kept[entry] = task.result()
+            if len(self._kept) > self._most:
+                self._kept.popitem(last=False)
 
     async def _read(self, entry: int) -> bytes:
         cluster_size = 1 << self._cluster_bits
@@ -71,8 +86,4 @@ class CompressedClusters:
         if length <= 0:
             raise RequestError(errno.EIO, f"{self._storage.path}: compressed data past the end at {host_offset:#x}")
         stored = await self._storage.read(host_offset, length)
-        data = await worker_pool().run(decompress, stored, cluster_size, self._compression_type)
-        self._kept[entry] = data
-        if len(self._kept) > self._most:
-            self._kept.popitem(last=False)
-        return data
+        return await worker_pool().run(decompress, stored, cluster_size, self._compression_type)

@@ -156,6 +156,7 @@ class Qcow2Driver(Qcow2Image):
         table = self._writable_table(offset)
         if table is None:
             return False
+        self._compressed.forget(entry)
         self._store_compressed(table, (offset >> self._bits) & self._l2_mask, entry)
         return True
 

@@ -119,6 +119,54 @@ async def test_a_write_that_fails_or_is_cancelled_leaks_nothing(
 
 
 @needs_qemu
+async def test_what_was_read_where_other_data_is_now_is_not_remembered(tmp_path: Path) -> None:
+    node, places = await disk(tmp_path / "image"), set()
+    for number in range(4):
+        data = bytes([97 + number]) * CLUSTER  # of the same length when compressed
+        offset = number * 4 * CLUSTER
+        await node.write_compressed(offset, data)
+        assert await node.read(offset, CLUSTER) == data
+        places.add(node.top.lookup(offset, CLUSTER))
+        await node.discard(offset, CLUSTER)
+        await node.top.committer.settle()  # type: ignore[attr-defined]
+    assert len(places) == 1
+    await node.close()
+
+
+@needs_qemu
+async def test_what_is_being_read_where_other_data_is_now_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = await disk(tmp_path / "image")
+    data = [bytes([letter]) * CLUSTER for letter in b"ab"]
+    await node.write_compressed(0, data[0])
+    read, reading, go_on = node.data.read, asyncio.Event(), asyncio.Event()
+
+    async def slow(offset: int, length: int) -> bytearray:
+        stored = await read(offset, length)
+        reading.set()
+        await go_on.wait()
+        return stored
+
+    with monkeypatch.context() as patched:
+        patched.setattr(node.data, "read", slow)
+        request = asyncio.create_task(node.read(0, CLUSTER))
+        await reading.wait()
+        request.cancel()  # its client is gone
+        with pytest.raises(asyncio.CancelledError):
+            await request
+    await node.discard(0, CLUSTER)
+    await node.top.committer.settle()  # type: ignore[attr-defined]
+    await node.write_compressed(CLUSTER, data[1])
+    go_on.set()
+    for _ in range(2):
+        assert await node.read(CLUSTER, CLUSTER) == data[1]
+        while len(asyncio.all_tasks()) > 1:
+            await asyncio.sleep(0)
+    await node.close()
+
+
+@needs_qemu
 @pytest.mark.parametrize("kept", [0, 1])
 async def test_what_is_published_before_a_cancellation_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
