@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
@@ -26,6 +26,17 @@ class ExportDeleted(Result):
     id: str
 
 
+class IoError(Result):
+    """Of BLOCK_IO_ERROR: a client's request failed, and was told so."""
+
+    device: str
+    node_name: str
+    operation: Literal["read", "write"]
+    action: Literal["report"]
+    nospace: bool
+    reason: str
+
+
 class WriteThreshold(Result):
     """Of BLOCK_WRITE_THRESHOLD, in bytes."""
 
@@ -42,12 +53,13 @@ class Shutdown(Result):
 
 
 BLOCK_EXPORT_DELETED = EventType("BLOCK_EXPORT_DELETED", ExportDeleted)
+BLOCK_IO_ERROR = EventType("BLOCK_IO_ERROR", IoError)
 BLOCK_WRITE_THRESHOLD = EventType("BLOCK_WRITE_THRESHOLD", WriteThreshold)
 SHUTDOWN = EventType("SHUTDOWN", Shutdown)
 STOP = EventType("STOP")
 RESUME = EventType("RESUME")
 
-EVENTS: Final = (BLOCK_EXPORT_DELETED, BLOCK_WRITE_THRESHOLD, SHUTDOWN, STOP, RESUME)
+EVENTS: Final = (BLOCK_EXPORT_DELETED, BLOCK_IO_ERROR, BLOCK_WRITE_THRESHOLD, SHUTDOWN, STOP, RESUME)
 """All there are."""
 
 

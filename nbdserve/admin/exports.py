@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Final, Literal, TypeAlias
 
 from nbdserve.admin.errors import WELL_FORMED, QmpError
-from nbdserve.admin.events import BLOCK_EXPORT_DELETED, Events, ExportDeleted
+from nbdserve.admin.events import BLOCK_EXPORT_DELETED, BLOCK_IO_ERROR, Events, ExportDeleted, IoError
 from nbdserve.admin.nodes import NodeEntry
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, errno_of
 from nbdserve.exports.export import Export
 from nbdserve.server.addresses import Address
 from nbdserve.server.listeners import Listener, bind
 from nbdserve.server.server import Places, Server
+
+RemoveMode: TypeAlias = Literal["safe", "hide", "soft", "hard"]
+"""What becomes of the clients of an export that is removed; ``safe``: it must have none."""
+_HARDER: Final = ("soft", "hard")
+"""What may follow ``hide``."""
+_READING: Final = frozenset({"READ", "CACHE", "BLOCK_STATUS"})
 
 
 @dataclass(eq=False)
@@ -25,6 +35,9 @@ class ExportEntry:
     permanent: bool = False
     """Made at the start; ``nbd-server-stop`` leaves it."""
     shutting_down: bool = False
+    """No new client finds it."""
+    default_before: str | None = None
+    """What the default export was before it was hidden."""
 
     @property
     def label(self) -> str:
@@ -70,7 +83,7 @@ class ExportControl:
         self.close_listeners()
         for export in self:
             if not export.permanent:
-                self.remove(export.id, hard=True)
+                self.remove(export.id, "hard")
 
     def close_listeners(self) -> None:
         """Accept nobody on the sockets that commands have opened, and remove their files. Idempotent."""
@@ -84,6 +97,7 @@ class ExportControl:
     def adopt(self, export: ExportEntry) -> None:
         """An export that the server has already."""
         self._exports[export.id] = export
+        export.export.on_failure = partial(self._failed, export)
         export.entry.users.append(export.label)
 
     def check_id(self, identity: str) -> None:
@@ -97,7 +111,7 @@ class ExportControl:
         """QmpError when there is no server, or it has an export of this name."""
         if not (self._listeners or self.listening):
             raise QmpError("NBD server not running")
-        if any(export.export.name == name for export in self):
+        if any(export.export.name == name and not export.shutting_down for export in self):
             raise QmpError(f"NBD server already has export named '{name}'")
 
     def add(self, identity: str, entry: NodeEntry, export: Export) -> None:
@@ -122,13 +136,60 @@ class ExportControl:
             raise QmpError(f"Export '{identity}' is not found")
         return export
 
-    def remove(self, identity: str, *, hard: bool = False) -> None:
-        """Take the export away. QmpError while it has clients, unless ``hard``, which drops them."""
+    def remove(self, identity: str, mode: RemoveMode = "safe") -> None:
+        """Take the export away: ``begin_removal`` and ``end_removal``."""
+        self.end_removal(self.begin_removal(identity, mode), mode)
+
+    def begin_removal(self, identity: str, mode: RemoveMode = "safe") -> ExportEntry:
+        """Let no new client find the export. QmpError while it has clients and is to be removed ``safe``."""
         export = self.get(identity)
-        if export.export.connections and not hard:
+        if export.export.connections and mode == "safe":
             raise QmpError(f"export '{identity}' still in use")
-        del self._exports[identity]
-        self.server.exports.remove(export.export.name)
+        if not export.shutting_down:
+            table = self.server.exports
+            export.default_before = table.default
+            table.remove(export.export.name)
+            export.shutting_down = True
+        elif mode not in _HARDER:
+            raise QmpError(f"Export '{identity}' is already shutting down")
+        return export
+
+    def undo_removal(self, export: ExportEntry) -> None:
+        """Undo ``begin_removal``."""
+        table = self.server.exports
+        table.add(export.export)
+        table.default = export.default_before
+        export.shutting_down = False
+
+    def end_removal(self, export: ExportEntry, mode: RemoveMode) -> None:
+        """``hide``: its clients stay, and when the last one has left it is gone. ``soft``: they are answered ESHUTDOWN
+        from now on. Else they are dropped."""
+        if mode in ("hide", "soft") and export.export.connections:
+            export.export.on_idle = lambda: self._forget(export)
+            if mode == "soft":
+                self.server.drain_clients(export.export)
+        else:
+            self._forget(export)
+
+    def _forget(self, export: ExportEntry) -> None:
+        export.export.on_idle = lambda: None
+        export.export.on_failure = lambda name, error: None
+        del self._exports[export.id]
         self.server.drop_clients(export.export)
         export.entry.users.remove(export.label)
-        self.events.emit(BLOCK_EXPORT_DELETED, ExportDeleted(id=identity))
+        self.events.emit(BLOCK_EXPORT_DELETED, ExportDeleted(id=export.id))
+
+    def _failed(self, export: ExportEntry, name: str, error: Exception) -> None:
+        """Tell of a request that failed. "Not faster than writing" is an answer, not a failure."""
+        code = errno_of(error)
+        if code == errno.ENOTSUP:
+            return
+        problem = IoError(
+            device="",
+            node_name=export.entry.name,
+            operation="read" if name in _READING else "write",
+            action="report",
+            nospace=code == errno.ENOSPC,
+            reason=os.strerror(code),
+        )
+        self.events.emit(BLOCK_IO_ERROR, problem)

@@ -62,7 +62,7 @@ class PathPolicy:
         return _told(path, lambda: self.image_roots().open(full_path(path), flags))
 
     def _create(self, path: str) -> tuple[int, bool]:
-        return _told(path, lambda: self.image_roots().create(full_path(path)))
+        return _told(path, lambda: self.image_roots().create(full_path(path)), "create")
 
 
 def full_path(path: str) -> str:
@@ -72,15 +72,15 @@ def full_path(path: str) -> str:
     return os.path.abspath(path)  # noqa: PTH100 - symbolic links are kept
 
 
-def _told(path: str, work: Callable[[], T]) -> T:
+def _told(path: str, work: Callable[[], T], verb: str = "open") -> T:
     try:
         return work()
     except OSError as error:
         if error.errno == errno.EXDEV:
             raise QmpError(
-                f"Could not open '{path}': it is outside the image roots; add its directory to image_roots "
+                f"Could not {verb} '{path}': it is outside the image roots; add its directory to image_roots "
                 "of [server], or start with --image-root"
             ) from None
         if error.errno == errno.EINVAL:
-            raise QmpError(f"Could not open '{path}': it is neither a regular file nor a block device") from None
-        raise QmpError(f"Could not open '{path}': {error.strerror}") from None
+            raise QmpError(f"Could not {verb} '{path}': it is neither a regular file nor a block device") from None
+        raise QmpError(f"Could not {verb} '{path}': {error.strerror}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from nbdserve.bitmaps.bitmap import DirtyBitmap
 from nbdserve.block.node import Node
@@ -48,6 +48,10 @@ class Export:
         self.max_connections = max_connections
         self.connections = 0
         """Clients in transmission."""
+        self.on_idle: Callable[[], None] = lambda: None
+        """Called when the last of them has left."""
+        self.on_failure: Callable[[str, Exception], None] = lambda name, error: None
+        """Called for a request, by the name of its type, that is answered with an error of its disk."""
 
     @property
     def size(self) -> int:

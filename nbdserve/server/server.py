@@ -181,6 +181,12 @@ class Server:
             if connection.session is not None and connection.session.export is export:
                 connection.abort()
 
+    def drain_clients(self, export: Export) -> None:
+        """Answer what those who use ``export`` ask from now on with ESHUTDOWN, and let them go when all is answered."""
+        for connection in list(self._clients):
+            if connection.session is not None and connection.session.export is export:
+                connection.drain()
+
     def _drop_idling(self, first: bool) -> None:
         """Clients wait for memory that others hold without sending the rest, or reading their replies."""
         for connection in list(self._clients):
@@ -211,7 +217,10 @@ class Server:
         if was_client:
             self._clients.discard(connection)
             assert connection.session is not None
-            connection.session.export.connections -= 1
+            export = connection.session.export
+            export.connections -= 1
+            if not export.connections:
+                export.on_idle()
         self._resume_accepting()
         if was_client and not self._clients:
             self._gone.set()

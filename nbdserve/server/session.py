@@ -479,6 +479,7 @@ class Session:
             log.warning("%s failed: %s", what, error)
         else:
             log.error("%s failed in an unforeseen way", what, exc_info=error)
+        self.export.on_failure(name, error)
         return final_reply(self.mode, cookie, offset, wire_error(errno_of(error)), f"{name}: {error}")
 
     # --- tasks -----------------------------------------------------------------------------------------------------

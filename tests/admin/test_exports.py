@@ -25,6 +25,6 @@ async def test_an_export_keeps_its_node(control: Control) -> None:
     exports.get("e").export.connections = 1
     with pytest.raises(QmpError, match="still in use"):
         exports.remove("e")
-    exports.remove("e", hard=True)
+    exports.remove("e", "hard")
     assert entry.users == []
     assert control.server.exports.find("x") is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, ClassVar, Final, TypeAlias
@@ -13,7 +15,7 @@ from nbdserve.admin.command import Command
 from nbdserve.admin.control import Control
 from nbdserve.admin.errors import QmpError
 from nbdserve.admin.nodes import NodeEntry
-from nbdserve.admin.schema import Arguments, Uint32, alternate
+from nbdserve.admin.schema import Arguments, Result, Uint32, alternate
 from nbdserve.admin.transaction import Action, execute
 from nbdserve.bitmaps.bitmap import DirtyBitmap
 from nbdserve.bitmaps.bits import Bits
@@ -41,6 +43,12 @@ class BitmapMerge(Arguments):
     node: str
     target: str
     bitmaps: list[BitmapOrName]
+
+
+class BitmapDigest(Result):
+    """Of ``x-debug-block-dirty-bitmap-sha256``."""
+
+    sha256: str
 
 
 class _OnBitmaps(Action):
@@ -238,7 +246,18 @@ async def bitmap_merge(control: Control, arguments: BitmapMerge) -> None:
     await execute([Merge(control, arguments)])
 
 
+async def bitmap_sha256(control: Control, arguments: BitmapName) -> BitmapDigest:
+    """For tests: equal digests are equal bitmaps."""
+    entry = control.nodes.find(arguments.node)
+    if entry is None:
+        raise QmpError(f"Node '{arguments.node}' not found")
+    bits = entry.node.bitmaps.get(arguments.name).snapshot()
+    digest = await asyncio.to_thread(hashlib.sha256, bits.octets or bytes(8))  # QEMU has one word at least
+    return BitmapDigest(sha256=digest.hexdigest())
+
+
 COMMANDS: Final = (
+    Command("x-debug-block-dirty-bitmap-sha256", bitmap_sha256, BitmapName, BitmapDigest),
     Command("block-dirty-bitmap-add", bitmap_add, BitmapAdd),
     Command("block-dirty-bitmap-remove", bitmap_remove, BitmapName),
     Command("block-dirty-bitmap-clear", bitmap_clear, BitmapName),

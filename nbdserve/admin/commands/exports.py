@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Final, Literal, TypeAlias
 
 from pydantic import Field, Tag
@@ -11,9 +12,12 @@ from nbdserve.admin.command import Command
 from nbdserve.admin.commands.bitmaps import BitmapOrName
 from nbdserve.admin.control import Control
 from nbdserve.admin.errors import QmpError
+from nbdserve.admin.exports import ExportEntry, RemoveMode
 from nbdserve.admin.nodes import NodeEntry
 from nbdserve.admin.schema import Arguments, Nothing, Result, Uint32, union
+from nbdserve.admin.transaction import Action
 from nbdserve.bitmaps.bitmap import DirtyBitmap
+from nbdserve.block.node import Node
 from nbdserve.exports.export import Export
 from nbdserve.server.addresses import Address, TcpAddress, parse_port, unix_address
 
@@ -65,7 +69,7 @@ class ExportRemove(Arguments):
     """Of ``block-export-del``."""
 
     id: str
-    mode: Literal["safe", "hard"] = "safe"
+    mode: RemoveMode = "safe"
 
 
 class ServerAdd(Arguments):
@@ -81,7 +85,7 @@ class ServerRemove(Arguments):
     """Of ``nbd-server-remove``."""
 
     name: str
-    mode: Literal["safe", "hard"] = "safe"
+    mode: RemoveMode = "safe"
 
 
 class BlockExportInfo(Result):
@@ -117,6 +121,10 @@ async def nbd_server_stop(control: Control, arguments: Nothing) -> None:
 
 async def block_export_add(control: Control, arguments: ExportOptions) -> None:
     """Offer a node to NBD clients."""
+    _add(control, arguments)
+
+
+def _add(control: Control, arguments: ExportOptions) -> None:
     name = arguments.node_name if arguments.name is None else arguments.name
     if arguments.iothread is not None and control.objects.find(arguments.iothread, "iothread") is None:
         raise QmpError(f'iothread "{arguments.iothread}" not found')
@@ -145,9 +153,50 @@ def _bitmap(control: Control, entry: NodeEntry, given: BitmapOrName) -> DirtyBit
     return bitmap
 
 
+class ExportAddAction(Action):
+    """``block-export-add`` in a transaction: what clients see of the disk begins with its other actions."""
+
+    def __init__(self, control: Control, arguments: ExportOptions) -> None:
+        self._control = control
+        self._arguments = arguments
+
+    def nodes(self) -> Sequence[Node]:
+        return [self._control.nodes.get(self._arguments.node_name).node]
+
+    async def prepare(self) -> None:
+        _add(self._control, self._arguments)
+
+    async def abort(self) -> None:
+        self._control.exports.remove(self._arguments.id, "hard")
+
+
+class ExportDelAction(Action):
+    """``block-export-del`` in a transaction: nobody new finds it any more, and when all have succeeded it is gone."""
+
+    _export: ExportEntry
+
+    def __init__(self, control: Control, arguments: ExportRemove) -> None:
+        self._exports = control.exports
+        self._arguments = arguments
+
+    def nodes(self) -> Sequence[Node]:
+        return [self._exports.get(self._arguments.id).entry.node]
+
+    async def prepare(self) -> None:
+        if self._exports.get(self._arguments.id).shutting_down:
+            raise QmpError(f"Export '{self._arguments.id}' is already shutting down")
+        self._export = self._exports.begin_removal(self._arguments.id, self._arguments.mode)
+
+    def commit(self) -> None:
+        self._exports.end_removal(self._export, self._arguments.mode)
+
+    async def abort(self) -> None:
+        self._exports.undo_removal(self._export)
+
+
 async def block_export_del(control: Control, arguments: ExportRemove) -> None:
     """Take an export away."""
-    control.exports.remove(arguments.id, hard=arguments.mode == "hard")
+    control.exports.remove(arguments.id, arguments.mode)
 
 
 async def nbd_server_add(control: Control, arguments: ServerAdd) -> None:
@@ -167,13 +216,13 @@ async def nbd_server_add(control: Control, arguments: ServerAdd) -> None:
 
 async def nbd_server_remove(control: Control, arguments: ServerRemove) -> None:
     """``block-export-del``."""
-    control.exports.remove(arguments.name, hard=arguments.mode == "hard")
+    control.exports.remove(arguments.name, arguments.mode)
 
 
 async def query_block_exports(control: Control, arguments: Nothing) -> list[BlockExportInfo]:
     """All there are, the newest first."""
     return [
-        BlockExportInfo(id=export.id, node_name=export.entry.name, shutting_down=False)
+        BlockExportInfo(id=export.id, node_name=export.entry.name, shutting_down=export.shutting_down)
         for export in reversed(list(control.exports))
     ]
 

@@ -1,4 +1,4 @@
-"""Jobs on the layers of a disk that is in use: commit, stream, mirror."""
+"""Jobs on the layers of a disk that is in use: commit and stream."""
 
 from __future__ import annotations
 
@@ -8,34 +8,14 @@ from nbdserve.admin.command import Command
 from nbdserve.admin.control import Control
 from nbdserve.admin.errors import DEVICE_NOT_FOUND, QmpError
 from nbdserve.admin.nodes import NodeEntry
-from nbdserve.admin.schema import Arguments, Int, Uint32
+from nbdserve.admin.schema import Arguments, Int
 from nbdserve.formats.base import BackingReference
 from nbdserve.jobs.commit import ActiveCommit, Commit
 from nbdserve.jobs.job import Job
-from nbdserve.jobs.live_copy import GRANULARITY
-from nbdserve.jobs.mirror import Mirror
 from nbdserve.jobs.stream import Stream
-from nbdserve.units import is_power_of_two
 
 OnError: TypeAlias = Literal["report", "ignore", "enospc", "stop", "auto"]
 _COMMON = {"speed", "auto_finalize", "auto_dismiss"}
-
-
-class Mirroring(Arguments):
-    """Of ``blockdev-mirror``."""
-
-    job_id: str | None = None
-    device: str
-    target: str
-    sync: Literal["top", "full", "none"]
-    speed: Int = 0
-    granularity: Uint32 = GRANULARITY
-    on_source_error: OnError = "report"
-    on_target_error: OnError = "report"
-    filter_node_name: str | None = None
-    copy_mode: Literal["background"] = "background"
-    auto_finalize: bool = True
-    auto_dismiss: bool = True
 
 
 class Committing(Arguments):
@@ -69,37 +49,6 @@ class Streaming(Arguments):
     filter_node_name: str | None = None
     auto_finalize: bool = True
     auto_dismiss: bool = True
-
-
-async def blockdev_mirror(control: Control, arguments: Mirroring) -> None:
-    """Copy a disk to another node, and keep that equal; ``complete`` puts it in the place of the disk."""
-    entry, target = control.nodes.either(arguments.device), control.nodes.either(arguments.target)
-    if entry is target:
-        raise QmpError("Can't mirror node into itself")
-    if not (512 <= arguments.granularity <= 64 << 20 and is_power_of_two(arguments.granularity)):
-        raise QmpError("Parameter 'granularity' expects a value in range [512B, 64MB]")
-    control.jobs.check_target(target)
-    job = Mirror(
-        control.jobs.new_id(arguments.job_id, entry),
-        entry.node,
-        target.node,
-        sync=arguments.sync,
-        granularity=arguments.granularity,
-        on_source_error=arguments.on_source_error,
-        on_target_error=arguments.on_target_error,
-        owns_target=False,
-        **_options(arguments),
-    )
-    control.jobs.add(job, entry, target, succeeded=lambda: _swapped(control, job, entry, target))
-    job.start()
-
-
-def _swapped(control: Control, job: Mirror, entry: NodeEntry, target: NodeEntry) -> None:
-    """After ``complete`` the clients' node has the layers of the target: it has the target's name from then on."""
-    if job.complete_requested:
-        entry.node, target.node = target.node, entry.node
-        entry.permanent, target.permanent = target.permanent, entry.permanent
-        control.exports.move(entry, target)
 
 
 async def block_commit(control: Control, arguments: Committing) -> None:
@@ -189,7 +138,6 @@ def _reference(name: str | None, format_name: str) -> BackingReference | None:
 
 
 COMMANDS: Final = (
-    Command("blockdev-mirror", blockdev_mirror, Mirroring),
     Command("block-commit", block_commit, Committing),
     Command("block-stream", block_stream, Streaming),
 )

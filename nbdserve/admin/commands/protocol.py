@@ -22,7 +22,7 @@ class Capabilities(Arguments):
 
 
 class CommandInfo(Result):
-    """Of ``query-commands``."""
+    """Of ``query-commands`` and ``query-events``."""
 
     name: str
 
@@ -65,6 +65,11 @@ async def query_commands(control: Control, arguments: Nothing) -> list[CommandIn
     return [CommandInfo(name=name) for name in control.commands]
 
 
+async def query_events(control: Control, arguments: Nothing) -> list[CommandInfo]:
+    """The events there are, for clients from before QEMU 6.0, which has the schema only."""
+    return [CommandInfo(name=event.name) for event in (*EVENTS, *JOB_EVENTS)]
+
+
 async def query_qmp_schema(control: Control, arguments: Nothing) -> list[dict[str, Any]]:
     """The types of all commands and events."""
     return schema_of(control.commands, (*EVENTS, *JOB_EVENTS))
@@ -86,6 +91,7 @@ COMMANDS: Final = (
     Command("qmp_capabilities", qmp_capabilities, Capabilities),
     Command("query-version", query_version, returns=VersionInfo),
     Command("query-commands", query_commands, returns=list[CommandInfo]),
+    Command("query-events", query_events, returns=list[CommandInfo]),
     Command("query-qmp-schema", query_qmp_schema, returns=list[SchemaInfo]),
     Command(
         "query-command-line-options",

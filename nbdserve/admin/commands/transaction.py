@@ -9,7 +9,8 @@ from pydantic import Tag
 from nbdserve.admin.blockdev import BitmapName
 from nbdserve.admin.command import Command
 from nbdserve.admin.commands import bitmaps
-from nbdserve.admin.commands.backup import BackupAction, BackupOptions
+from nbdserve.admin.commands.backup import BackupAction, BackupOptions, DriveBackup, DriveBackupAction
+from nbdserve.admin.commands.exports import ExportAddAction, ExportDelAction, ExportOptions, ExportRemove
 from nbdserve.admin.commands.internal_snapshots import InternalSnapshot, InternalSnapshotAction
 from nbdserve.admin.commands.snapshots import SnapshotAction, SnapshotOverlay, SnapshotSync, SnapshotSyncAction
 from nbdserve.admin.control import Control
@@ -58,6 +59,27 @@ class StartBackup(Arguments):
     data: BackupOptions
 
 
+class StartDriveBackup(Arguments):
+    """``drive-backup``."""
+
+    type: Literal["drive-backup"]
+    data: DriveBackup
+
+
+class AddExport(Arguments):
+    """``block-export-add``."""
+
+    type: Literal["__org.nbdserve_block-export-add"]
+    data: ExportOptions
+
+
+class RemoveExport(Arguments):
+    """``block-export-del``."""
+
+    type: Literal["__org.nbdserve_block-export-del"]
+    data: ExportRemove
+
+
 class TakeSnapshot(Arguments):
     """``blockdev-snapshot``."""
 
@@ -88,9 +110,12 @@ TransactionAction: TypeAlias = Annotated[
     | Annotated[BitmapAction, Tag("=block-dirty-bitmap-remove")]
     | Annotated[MergeAction, Tag("=block-dirty-bitmap-merge")]
     | Annotated[StartBackup, Tag("=blockdev-backup")]
+    | Annotated[StartDriveBackup, Tag("=drive-backup")]
     | Annotated[TakeSnapshot, Tag("=blockdev-snapshot")]
     | Annotated[TakeInternalSnapshot, Tag("=blockdev-snapshot-internal-sync")]
-    | Annotated[TakeSnapshotSync, Tag("=blockdev-snapshot-sync")],
+    | Annotated[TakeSnapshotSync, Tag("=blockdev-snapshot-sync")]
+    | Annotated[AddExport, Tag("=__org.nbdserve_block-export-add")]
+    | Annotated[RemoveExport, Tag("=__org.nbdserve_block-export-del")],
     union("type"),
 ]
 
@@ -109,6 +134,8 @@ class TransactionOptions(Arguments):
 
 
 _ACTIONS: Final[dict[str, Any]] = {
+    "__org.nbdserve_block-export-add": ExportAddAction,
+    "__org.nbdserve_block-export-del": ExportDelAction,
     "block-dirty-bitmap-add": bitmaps.Add,
     "block-dirty-bitmap-clear": bitmaps.Clear,
     "block-dirty-bitmap-disable": bitmaps.Disable,
@@ -133,6 +160,8 @@ def _action(control: Control, given: TransactionAction, group: Transaction | Non
         return Abort()
     if isinstance(given, StartBackup):
         return BackupAction(control, given.data, group)
+    if isinstance(given, StartDriveBackup):
+        return DriveBackupAction(control, given.data, group)
     action: Action = _ACTIONS[given.type](control, given.data)
     return action
 

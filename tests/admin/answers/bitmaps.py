@@ -59,4 +59,7 @@ ROWS: list[Row] = [
     ("block-dirty-bitmap-clear", {"node": "o", "name": "b"}, None),
     ("block-dirty-bitmap-remove", {"node": "o", "name": "c"}, None),
     ("block-dirty-bitmap-remove", {"node": "o", "name": "c"}, "Dirty bitmap 'c' not found"),
+    ("x-debug-block-dirty-bitmap-sha256", {"node": "o", "name": "b"}, None),
+    ("x-debug-block-dirty-bitmap-sha256", {"node": "o", "name": "zz"}, "Dirty bitmap 'zz' not found"),
+    ("x-debug-block-dirty-bitmap-sha256", {"node": "zz", "name": "zz"}, "Node 'zz' not found"),
 ]

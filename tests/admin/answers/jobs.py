@@ -50,4 +50,81 @@ ROWS: list[Row] = [
         {"device": "o", "job-id": "s", "base-node": "n", "base": "x"},
         "'base' and 'base-node' cannot be specified at the same time",
     ),
+    (
+        "drive-backup",
+        {"job-id": "j", "device": "zz", "target": "{D}/t.qcow2", "sync": "full"},
+        "Cannot find device='zz' nor node-name='zz'",
+    ),
+    ("drive-backup", {"job-id": "j", "device": "o"}, "Parameter 'sync' is missing"),
+    ("drive-backup", {"job-id": "j", "device": "o", "sync": "full"}, "Parameter 'target' is missing"),
+    (
+        "drive-backup",
+        {"job-id": "j", "device": "o", "target": "{D}/t.qcow2", "sync": "full", "format": "zz"},
+        "Unknown file format 'zz'",
+    ),
+    (
+        "drive-backup",
+        {"job-id": "j", "device": "o", "target": "{D}/t.qcow2", "sync": "full", "mode": "zz"},
+        "Parameter 'mode' does not accept value 'zz'",
+    ),
+    (
+        "drive-backup",
+        {"job-id": "j", "device": "o", "target": "{D}/absent/t.qcow2", "sync": "full"},
+        "Could not create '{D}/absent/t.qcow2': No such file or directory",
+    ),
+    (
+        "drive-backup",
+        {"job-id": "j", "device": "o", "target": "{D}/absent.qcow2", "sync": "full", "mode": "existing"},
+        "Could not open '{D}/absent.qcow2': No such file or directory",
+    ),
+    ("drive-backup", {"device": "o", "target": "{D}/t2.qcow2", "sync": "full", "format": "qcow2"}, "Invalid job ID ''"),
+    (
+        "drive-backup",
+        {"job-id": "j5", "device": "o", "target": "{D}/t5.qcow2", "sync": "incremental", "format": "qcow2"},
+        "must provide a valid bitmap name for 'incremental' sync mode",
+    ),
+    (
+        "drive-backup",
+        {
+            "job-id": "j5",
+            "device": "o",
+            "target": "{D}/t5.qcow2",
+            "sync": "incremental",
+            "format": "qcow2",
+            "bitmap": "zz",
+        },
+        "Bitmap 'zz' could not be found",
+    ),
+    (
+        "drive-mirror",
+        {"job-id": "m", "device": "zz", "target": "{D}/m.qcow2", "sync": "full"},
+        "Cannot find device='zz' nor node-name='zz'",
+    ),
+    ("drive-mirror", {"job-id": "m", "device": "o", "sync": "full"}, "Parameter 'target' is missing"),
+    (
+        "drive-mirror",
+        {"job-id": "m", "device": "o", "target": "{D}/absent/m.qcow2", "sync": "full"},
+        "Could not create '{D}/absent/m.qcow2': No such file or directory",
+    ),
+    (
+        "drive-mirror",
+        {"job-id": "m", "device": "o", "target": "{D}/m.qcow2", "sync": "zz"},
+        "Parameter 'sync' does not accept value 'zz'",
+    ),
+    (
+        "drive-mirror",
+        {"job-id": "m", "device": "o", "target": "{D}/m.qcow2", "sync": "full", "granularity": 100},
+        "Parameter 'granularity' expects a value in range [512B, 64MB]",
+    ),
+    (
+        "drive-mirror",
+        {"job-id": "m", "device": "o", "target": "{D}/absent.qcow2", "sync": "full", "mode": "existing"},
+        "Could not open '{D}/absent.qcow2': No such file or directory",
+    ),
+    (
+        "drive-mirror",
+        {"job-id": "m", "device": "o", "target": "{D}/m.qcow2", "sync": "full", "format": "qcow2", "node-name": "n"},
+        "Duplicate nodes with node-name='n'",
+    ),
+    ("drive-mirror", {"device": "o", "target": "{D}/m.qcow2", "sync": "full", "format": "qcow2"}, "Invalid job ID ''"),
 ]

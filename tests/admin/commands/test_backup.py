@@ -173,3 +173,45 @@ def test_what_is_refused(client: RawClient, images: Path) -> None:
     assert wrong == "Dirty bitmap 'x' not found"
     assert "keeps no moment" in client.execute("blockdev-add", driver="snapshot-access", node_name="s", file="d")
     assert client.execute("query-jobs") == []
+
+
+def test_a_backup_to_a_file(client: RawClient, images: Path, tmp_path: Path) -> None:
+    disk = Disk(client, images, tmp_path)
+    target = {"job_id": "j", "device": "d", "auto_dismiss": False, "format": "qcow2"}
+    assert client.execute("block-dirty-bitmap-add", node="d", name="b") == {}
+    assert client.execute("drive-backup", target=str(images / "full"), sync="full", **target) == {}
+    assert wait_for(client, "j", "concluded").get("error") is None
+    client.execute("job-dismiss", id="j")
+    disk.write(120, "64k")
+    actions = [action("drive-backup", target=str(images / "inc"), sync="incremental", bitmap="b", **target)]
+    assert client.execute("transaction", actions=[*actions, action("abort")]).startswith("Transaction aborted")
+    assert not (images / "inc").exists()
+    assert client.execute("transaction", actions=actions) == {}
+    assert wait_for(client, "j", "concluded").get("error") is None
+    client.execute("job-dismiss", id="j")
+    assert bitmaps(client, "d")["b"]["count"] == 0
+    pattern(images / "full", "97 0 256k")
+    pattern(images / "inc", "120 64k 64k", "0 0 64k", "0 128k 64k")
+
+
+def test_what_clients_change_goes_to_a_file_over_the_disk(client: RawClient, images: Path, tmp_path: Path) -> None:
+    disk = Disk(client, images, tmp_path)
+    given = {"device": "d", "target": str(images / "t"), "sync": "none", "auto_dismiss": False}
+    assert client.execute("drive-backup", job_id="j", **given) == {}
+    disk.write(120, "64k")
+    assert client.execute("block-job-cancel", device="j") == {}
+    wait_for(client, "j", "concluded")
+    assert client.execute("blockdev-del", node_name="d") == "Node d is in use"
+    assert client.execute("nbd-server-stop") == {}
+    client.execute("job-dismiss", id="j")
+    assert client.execute("blockdev-del", node_name="d") == {}
+    pattern(images / "t", "97 0 256k")  # the moment of the backup, over the disk as it is now
+    pattern(images / "a.qcow2", "120 64k 64k")
+
+
+def test_a_backup_that_cannot_be_leaves_no_file(client: RawClient, images: Path, tmp_path: Path) -> None:
+    Disk(client, images, tmp_path)
+    given = {"job_id": "j", "device": "d", "target": str(images / "t"), "sync": "incremental"}
+    assert client.execute("drive-backup", bitmap="absent", **given) == "Bitmap 'absent' could not be found"
+    assert client.execute("drive-backup", **given).startswith("must provide a valid bitmap name")
+    assert not (images / "t").exists()

@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import select
 import socket
 from pathlib import Path
@@ -6,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from nbdserve.admin.control import Control
+from nbdserve.block.forms import READ_WAIT
 from nbdserve.block.node import Node
 from nbdserve.cli.nbd_client import Client, list_exports
-from nbdserve.errors import ProtocolError
+from nbdserve.errors import ProtocolError, RequestError
 from nbdserve.exports.export import Export
 from nbdserve.formats.raw import RawDriver
 from nbdserve.server.addresses import UnixAddress
@@ -64,6 +66,91 @@ def test_an_export_of_another_server_is_a_node(client: RawClient, images: Path, 
     assert "absent" in problem
     assert client.execute("blockdev-del", node_name="q") == {}
     client.execute("block-export-del", id="r", mode="hard")
+
+
+def exported(client: RawClient, images: Path, tmp_path: Path) -> UnixAddress:
+    """``b.raw`` as ``r``, with the ids e and o."""
+    address = UnixAddress(str(tmp_path / "nbd"))
+    client.execute("nbd-server-start", addr={"type": "unix", "data": {"path": address.path}})
+    file = {"driver": "file", "filename": str(images / "b.raw")}
+    assert client.execute("blockdev-add", driver="raw", node_name="r", file=file) == {}
+    assert client.execute("block-export-add", type="nbd", id="e", node_name="r", writable=True) == {}
+    assert client.execute("block-export-add", type="nbd", id="o", node_name="r", name="other") == {}
+    return address
+
+
+def test_an_export_that_is_hidden_is_there_for_its_clients(client: RawClient, images: Path, tmp_path: Path) -> None:
+    address = exported(client, images, tmp_path)
+    user = Client(address, "r")
+    assert client.execute("block-export-del", id="e", mode="hide") == {}
+    assert list_exports(address) == (("other", ""),)
+    assert user.read(0, 5) == bytes(5)
+    assert [export["shutting-down"] for export in client.execute("query-block-exports")] == [False, True]
+    assert client.execute("block-export-del", id="e", mode="hide") == "Export 'e' is already shutting down"
+    assert client.execute("block-export-add", type="nbd", id="e2", node_name="r") == {}, "the name is free"
+    user.close()
+    while "event" not in (event := client.receive()):
+        pass
+    assert (event["event"], event["data"]) == ("BLOCK_EXPORT_DELETED", {"id": "e"})
+    assert client.execute("block-export-del", id="o", mode="hide") == {}
+    assert [export["id"] for export in client.execute("query-block-exports")] == ["e2"]
+
+
+def test_clients_of_an_export_that_is_removed_softly_are_told(client: RawClient, images: Path, tmp_path: Path) -> None:
+    address = exported(client, images, tmp_path)
+    user = Client(address, "r")
+    assert client.execute("block-export-del", id="e", mode="hide") == {}
+    assert client.execute("block-export-del", id="e", mode="soft") == {}
+    with pytest.raises((OSError, ProtocolError)):
+        user.read(0, 1)
+    user.close()
+    assert client.receive()["data"] == {"id": "e"}
+
+
+def test_exports_in_a_transaction(client: RawClient, images: Path, tmp_path: Path) -> None:
+    address = exported(client, images, tmp_path)
+    add, remove = "__org.nbdserve_block-export-add", "__org.nbdserve_block-export-del"
+    actions = [
+        {"type": remove, "data": {"id": "e"}},
+        {"type": add, "data": {"type": "nbd", "id": "n", "node-name": "r"}},
+        {"type": "block-dirty-bitmap-add", "data": {"node": "r", "name": "b"}},
+    ]
+    abort = {"type": "abort", "data": {}}
+    assert client.execute("transaction", actions=[*actions, abort]).startswith("Transaction aborted")
+    assert [export["id"] for export in client.execute("query-block-exports")] == ["o", "e"]
+    assert sorted(list_exports(address)) == [("other", ""), ("r", "")]
+    twice = client.execute("transaction", actions=[actions[0], actions[0]])
+    assert twice == "Export 'e' is already shutting down"
+    assert client.execute("transaction", actions=actions) == {}
+    assert [export["id"] for export in client.execute("query-block-exports")] == ["n", "o"]
+    assert sorted(list_exports(address)) == [("other", ""), ("r", "")]
+
+
+def test_a_request_that_fails_is_told(
+    client: RawClient, control: Control, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = exported(client, images, tmp_path)
+    node = control.nodes.get("r").node
+
+    async def fail(*given: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(node, "read_pieces", fail)
+    monkeypatch.setattr(node, "try_read_into", lambda offset, buffer: READ_WAIT)
+    user = Client(address, "r")
+    with pytest.raises((OSError, RequestError, ProtocolError)):
+        user.read(0, 512)
+    event = client.receive()
+    assert event["event"] == "BLOCK_IO_ERROR"
+    assert event["data"] == {
+        "device": "",
+        "node-name": "r",
+        "operation": "read",
+        "action": "report",
+        "nospace": False,
+        "reason": "Input/output error",
+    }
+    user.close()
 
 
 def test_what_is_refused(client: RawClient, images: Path, tmp_path: Path) -> None:

@@ -53,34 +53,8 @@ def test_stream(client: RawClient, images: Path) -> None:
     pattern(images / "o.qcow2", 111, "64k")
 
 
-def test_a_mirror_takes_the_place_of_the_disk(client: RawClient, images: Path, tmp_path: Path) -> None:
-    prepare(client, images)
-    output("qemu-img", "create", "-q", "-f", "qcow2", images / "m.qcow2", "1M")
-    assert add(client, "qcow2", images / "m.qcow2", "m") == {}
-    unix = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
-    assert client.execute("nbd-server-start", addr=unix) == {}
-    assert client.execute("block-export-add", type="nbd", id="e", node_name="o", writable=True) == {}
-    started = client.execute("blockdev-mirror", job_id="j", device="o", target="m", sync="full", auto_dismiss=False)
-    assert started == {}
-    wait_for(client, "j", "ready")
-    assert client.execute("job-complete", id="j") == {}
-    assert finish(client, "j") is None
-    (export,) = client.execute("query-block-exports")
-    assert export["node-name"] == "m"
-    assert client.execute("blockdev-del", node_name="o") == {}
-    assert client.execute("blockdev-del", node_name="m") == "Node m is in use"
-    output("qemu-io", "-f", "raw", "-c", "write -P 120 128k 64k", f"nbd+unix:///o?socket={tmp_path}/nbd")
-    assert client.execute("nbd-server-stop") == {}
-    assert client.execute("blockdev-del", node_name="m") == {}
-    for letter, offset in ((97, "0"), (111, "64k"), (120, "128k")):
-        pattern(images / "m.qcow2", letter, offset)
-
-
 def test_what_is_refused(client: RawClient, images: Path) -> None:
     below = prepare(client, images)
-    assert add(client, "raw", images / "b.raw", "r", read_only=True) == {}
-    refused = client.execute("blockdev-mirror", job_id="j", device="o", target="r", sync="full")
-    assert refused == "Block node is read-only: 'r' cannot be written"
     both = client.execute("block-stream", job_id="s", device="o", bottom="o", base_node=below)
     assert both == "'bottom' cannot be specified together with 'base' or 'base-node'"
     wrong = client.execute("block-commit", job_id="c", device="o", top_node=below, base_node="o")

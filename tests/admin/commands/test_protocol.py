@@ -8,3 +8,8 @@ def test_queries(client: RawClient) -> None:
     assert {"name": "str", "meta-type": "builtin", "json-type": "string"} in client.execute("query-qmp-schema")
     assert client.execute("query-command-line-options") == []
     assert client.execute("query-command-line-options", option="drive") == "invalid option name: drive"
+
+
+def test_events_there_are(client: RawClient) -> None:
+    assert {"name": "BLOCK_IO_ERROR"} in client.execute("query-events")
+    assert {"name": "JOB_STATUS_CHANGE"} in client.execute("query-events")

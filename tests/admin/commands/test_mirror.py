@@ -1,0 +1,103 @@
+from pathlib import Path
+from typing import Any
+
+from tests.admin.clients import RawClient
+from tests.admin.commands.test_jobs import wait_for
+from tests.admin.commands.test_live import finish, pattern, prepare
+from tests.admin.commands.test_nodes import add, nodes
+from tests.admin.images import needs_images
+from tests.cli.processes import output
+
+pytestmark = needs_images
+
+
+def test_a_mirror_takes_the_place_of_the_disk(client: RawClient, images: Path, tmp_path: Path) -> None:
+    prepare(client, images)
+    output("qemu-img", "create", "-q", "-f", "qcow2", images / "m.qcow2", "1M")
+    assert add(client, "qcow2", images / "m.qcow2", "m") == {}
+    unix = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
+    assert client.execute("nbd-server-start", addr=unix) == {}
+    assert client.execute("block-export-add", type="nbd", id="e", node_name="o", writable=True) == {}
+    started = client.execute("blockdev-mirror", job_id="j", device="o", target="m", sync="full", auto_dismiss=False)
+    assert started == {}
+    wait_for(client, "j", "ready")
+    assert client.execute("job-complete", id="j") == {}
+    assert finish(client, "j") is None
+    (export,) = client.execute("query-block-exports")
+    assert export["node-name"] == "m"
+    assert client.execute("blockdev-del", node_name="o") == {}
+    assert client.execute("blockdev-del", node_name="m") == "Node m is in use"
+    output("qemu-io", "-f", "raw", "-c", "write -P 120 128k 64k", f"nbd+unix:///o?socket={tmp_path}/nbd")
+    assert client.execute("nbd-server-stop") == {}
+    assert client.execute("blockdev-del", node_name="m") == {}
+    for letter, offset in ((97, "0"), (111, "64k"), (120, "128k")):
+        pattern(images / "m.qcow2", letter, offset)
+
+
+def mirror(client: RawClient, images: Path, **given: Any) -> Any:
+    return client.execute(
+        "drive-mirror", job_id="j", device="o", target=str(images / "m.qcow2"), auto_dismiss=False, **given
+    )
+
+
+def test_a_file_takes_the_place_of_the_disk_under_its_clients(client: RawClient, images: Path, tmp_path: Path) -> None:
+    prepare(client, images)
+    unix = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
+    assert client.execute("nbd-server-start", addr=unix) == {}
+    assert client.execute("block-export-add", type="nbd", id="e", node_name="o", writable=True) == {}
+    assert mirror(client, images, sync="full", node_name="new") == {}
+    wait_for(client, "j", "ready")
+    output("qemu-io", "-f", "raw", "-c", "write -P 121 192k 64k", f"nbd+unix:///o?socket={tmp_path}/nbd")
+    assert client.execute("job-complete", id="j") == {}
+    assert finish(client, "j") is None
+    assert nodes(client)["o"]["file"] == str(images / "m.qcow2")
+    assert nodes(client)["o"]["backing_file_depth"] == 0
+    assert "new" in nodes(client)
+    output("qemu-io", "-f", "raw", "-c", "write -P 120 128k 64k", f"nbd+unix:///o?socket={tmp_path}/nbd")
+    pattern(images / "o.qcow2", 111, "64k")  # closed, so that others may open it
+    assert client.execute("nbd-server-stop") == {}
+    assert client.execute("blockdev-del", node_name="o") == {}
+    for letter, offset in ((97, "0"), (111, "64k"), (120, "128k"), (121, "192k")):
+        pattern(images / "m.qcow2", letter, offset)
+
+
+def test_only_the_top_layer_goes_to_a_file(client: RawClient, images: Path) -> None:
+    prepare(client, images)
+    assert mirror(client, images, sync="top") == {}
+    wait_for(client, "j", "ready")
+    assert client.execute("job-complete", id="j") == {}
+    assert finish(client, "j") is None
+    assert nodes(client)["o"]["backing_file_depth"] == 1
+    assert client.execute("blockdev-del", node_name="o") == {}
+    assert output("qemu-img", "map", images / "m.qcow2").count("m.qcow2") == 1
+    pattern(images / "m.qcow2", 97, "0")
+    pattern(images / "m.qcow2", 111, "64k")
+
+
+def test_a_mirror_that_is_cancelled_leaves_the_disk(client: RawClient, images: Path) -> None:
+    prepare(client, images)
+    output("qemu-img", "create", "-q", "-f", "qcow2", images / "m.qcow2", "1M")
+    assert mirror(client, images, sync="full", mode="existing", format="qcow2") == {}
+    wait_for(client, "j", "ready")
+    assert client.execute("block-job-cancel", device="j") == {}
+    assert finish(client, "j") is None
+    assert nodes(client)["o"]["file"] == str(images / "o.qcow2")
+    pattern(images / "m.qcow2", 97, "0")
+
+
+def test_what_is_refused(client: RawClient, images: Path) -> None:
+    prepare(client, images)
+    assert add(client, "raw", images / "b.raw", "r", read_only=True) == {}
+    refused = client.execute("blockdev-mirror", job_id="j", device="o", target="r", sync="full")
+    assert refused == "Block node is read-only: 'r' cannot be written"
+    assert "give mode 'existing'" in mirror(client, images, sync="none")
+    assert "outside the image roots" in client.execute(
+        "drive-mirror", job_id="j", device="o", target="/elsewhere/m", sync="full"
+    )
+    assert mirror(client, images, sync="full", node_name="r") == "Duplicate nodes with node-name='r'"
+    before = (images / "o.qcow2").read_bytes()
+    own = client.execute("drive-mirror", job_id="j", device="o", target=str(images / "o.qcow2"), sync="full")
+    assert "lock" in own
+    assert (images / "o.qcow2").read_bytes() == before
+    assert not (images / "m.qcow2").exists()
+    assert client.execute("query-jobs") == []
