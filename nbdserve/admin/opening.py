@@ -67,7 +67,7 @@ class Opener:
                 made.opened = opened
                 node = await made.node(described)
                 opened.push_async_callback(node.close)
-                entry = NodeEntry(name, options.driver, node, _cache(options), children=made.children)
+                entry = NodeEntry(name, options.driver, node, cache_mode(options), children=made.children)
                 if isinstance(options, ThrottleOptions):
                     group = self._group(options)
                     entry.node, entry.inner = ThrottledNode(node, group.throttle, owned=True), node
@@ -217,7 +217,7 @@ class _Making:
     async def _file(self, given: FileOptions, spec: ImageSpec) -> ImageSpec:
         if given.locking == "off":
             raise QmpError("'locking': images are always locked, leave it out")
-        mode = _cache(given) if given.cache is not None else spec.cache
+        mode = cache_mode(given) if given.cache is not None else spec.cache
         read_only = spec.read_only or given.read_only
         storage = await self._opener.paths.open(
             given.filename, read_only=read_only, cache=mode, force_share=spec.force_share
@@ -258,7 +258,7 @@ def _generic(options: NodeOptions) -> dict[str, Any]:
         "read_only": options.read_only,
         "discard": options.discard,
         "detect_zeroes": options.detect_zeroes,
-        "cache": _cache(options),
+        "cache": cache_mode(options),
         "force_share": options.force_share,
     }
 
@@ -272,7 +272,8 @@ def _nbd(given: NbdOptions, spec: ImageSpec) -> ImageSpec:
     return replace(spec, path=target.uri, nbd=target, read_only=spec.read_only or given.read_only)
 
 
-def _cache(options: NodeOptions) -> str:
+def cache_mode(options: NodeOptions) -> str:
+    """The name of the cache mode that is asked for. QmpError when there is none."""
     if options.cache is None:
         return "writeback"
     mode = _CACHE_MODES.get((options.cache.direct, options.cache.no_flush))

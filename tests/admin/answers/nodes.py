@@ -151,4 +151,55 @@ ROWS: list[Row] = [
     ),
     ("blockdev-del", {"node-name": "of"}, "Node of is not owned by the monitor"),
     ("blockdev-del", {"node-name": "o"}, None),
+    ("blockdev-reopen", {}, "Parameter 'options' is missing"),
+    ("blockdev-reopen", {"options": [{"driver": "qcow2", "file": "x"}]}, "node-name not specified"),
+    (
+        "blockdev-reopen",
+        {"options": [{"driver": "qcow2", "node-name": "zz", "file": "x"}]},
+        "Failed to find node with node-name='zz'",
+    ),
+    ("blockdev-add", {"driver": "raw", "node-name": "r", "file": {"driver": "file", "filename": "{D}/b.raw"}}, None),
+    (
+        "blockdev-reopen",
+        {"options": [{"driver": "raw", "node-name": "r", "file": "x"}]},
+        "Cannot find device='' nor node-name='x'",
+    ),
+    (
+        "blockdev-reopen",
+        {
+            "options": [
+                {
+                    "driver": "raw",
+                    "node-name": "r",
+                    "read-only": True,
+                    "file": {"driver": "file", "filename": "{D}/b.raw"},
+                }
+            ]
+        },
+        None,
+    ),
+    (
+        "blockdev-reopen",
+        {
+            "options": [
+                {
+                    "driver": "raw",
+                    "node-name": "r",
+                    "read-only": True,
+                    "file": {"driver": "file", "filename": "{D}/a.qcow2"},
+                }
+            ]
+        },
+        "Cannot change the option 'filename'",
+    ),
+    ("blockdev-reopen", {"options": [{"driver": "raw", "node-name": "r"}]}, "Parameter 'options[0].file' is missing"),
+    ("blockdev-del", {"node-name": "r"}, None),
+    ("blockdev-add", {"driver": "file", "node-name": "f", "filename": "{D}/a.qcow2"}, None),
+    (
+        "blockdev-reopen",
+        {"options": [{"driver": "file", "node-name": "f", "filename": "{D}/b.raw"}]},
+        "Cannot change the option 'filename'",
+    ),
+    ("blockdev-reopen", {"options": [{"driver": "file", "node-name": "f", "filename": "{D}/a.qcow2"}]}, None),
+    ("blockdev-del", {"node-name": "f"}, None),
 ]
