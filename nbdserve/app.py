@@ -25,7 +25,7 @@ from nbdserve.block.stored_bitmaps import open_with_bitmaps
 from nbdserve.errors import ConfigError
 from nbdserve.exports.export import Export, ExportTable
 from nbdserve.logs import written_apart
-from nbdserve.server.addresses import Address
+from nbdserve.server.addresses import Address, UnixAddress
 from nbdserve.server.listeners import Listener, bind_all
 from nbdserve.server.server import Server, ServerLimits
 
@@ -73,6 +73,8 @@ class Plan:
     pid_file: str = ""
     admin: Sequence[Address] = ()
     """Where the admin socket is; without any there is none, and nothing of it is loaded."""
+    admin_roots: Sequence[str] = ()
+    """Directories below which admin clients may name secrets and sockets, besides those of the server's sockets."""
 
 
 def plan_of(
@@ -80,6 +82,7 @@ def plan_of(
     exports: Sequence[ExportPlan],
     listeners: Sequence[Listener] = (),
     admin: Sequence[Address] = (),
+    admin_roots: Sequence[str] = (),
 ) -> Plan:
     """The plan for ``exports`` with the server's options."""
     return Plan(
@@ -93,6 +96,7 @@ def plan_of(
         server.drain_seconds,
         server.pid_file,
         admin,
+        admin_roots,
     )
 
 
@@ -178,7 +182,10 @@ def _control(plan: Plan, stopping: Stopping, server: Server) -> Control:
     control: Control = import_module("nbdserve.admin.control").Control(package, stopping.stop, server)
     control.read_secret = import_module("nbdserve.config.secrets").secret_of_object
     exports = zip(server.exports, (export.image.cache for export in plan.exports), strict=True)
-    control.adopt(exports, plan.image_roots, listening=bool(plan.listeners or plan.addresses))
+    sockets = [address.path for address in (*plan.admin, *plan.addresses) if isinstance(address, UnixAddress)]
+    private_roots = [*plan.admin_roots, *(str(Path(path).parent) for path in sockets if not path.startswith("@"))]
+    listening = bool(plan.listeners or plan.addresses)
+    control.adopt(exports, plan.image_roots, private_roots=private_roots, listening=listening)
     return control
 
 

@@ -75,6 +75,8 @@ async def test_an_admin_socket(tmp_path: Path, image: ImageSpec, sock: UnixAddre
     admin = UnixAddress(str(tmp_path / "admin"))
     task, _ = await running(Plan([ExportPlan("a", image)], [sock], admin=[admin]))
     client = await asyncio.to_thread(lambda: RawClient(admin.path).negotiate())
+    beside = {"type": "unix", "data": {"path": f"{admin.path}2"}}
+    assert await asyncio.to_thread(client.execute, "nbd-server-start", addr=beside) == {}
     assert await asyncio.to_thread(client.execute, "quit") == {}
     assert (await asyncio.to_thread(client.receive))["event"] == "SHUTDOWN"
     client.close()

@@ -15,7 +15,7 @@ from nbdserve.admin.job_control import JobControl
 from nbdserve.admin.nodes import NodeEntry, NodeTable
 from nbdserve.admin.objects import ObjectTable
 from nbdserve.admin.opening import Opener
-from nbdserve.admin.paths import PathPolicy
+from nbdserve.admin.paths import PathPolicy, PrivatePaths
 from nbdserve.admin.schema import Result
 from nbdserve.admin.thresholds import Thresholds
 from nbdserve.block.drain import drained
@@ -44,7 +44,7 @@ class VersionInfo(Result):
     package: str
 
 
-def _no_secrets(properties: Mapping[str, str]) -> bytes:
+def _no_secrets(properties: Mapping[str, str], opener: Callable[[str, int], int]) -> bytes:
     raise NotImplementedError
 
 
@@ -58,14 +58,15 @@ class Control:
     """End the server as the first signal does."""
     server: Server
     commands: Commands = field(default_factory=dict)
-    read_secret: Callable[[Mapping[str, str]], bytes] = _no_secrets
-    """What the properties of a ``secret`` object describe; ConfigError. It may block."""
+    read_secret: Callable[[Mapping[str, str], Callable[[str, int], int]], bytes] = _no_secrets
+    """What the properties of a ``secret`` object describe, in a file that is opened so; ConfigError. It may block."""
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
         self.events = Events()
         self.nodes = NodeTable()
         self.paths = PathPolicy()
+        self.private_paths = PrivatePaths(self.paths)
         self.objects = ObjectTable()
         self.exports = ExportControl(self.server, self.events)
         self.jobs = JobControl(self.events)
@@ -75,11 +76,20 @@ class Control:
         """While ``stop`` holds all requests back."""
         self._asked_to_quit = False
 
-    def adopt(self, exports: Iterable[tuple[Export, str]], roots: Iterable[str], *, listening: bool) -> None:
-        """Take in what the server was started with: exports, each with the cache mode of its node, and image roots."""
+    def adopt(
+        self,
+        exports: Iterable[tuple[Export, str]],
+        roots: Iterable[str],
+        *,
+        private_roots: Iterable[str] = (),
+        listening: bool,
+    ) -> None:
+        """Take in what the server was started with: exports, each with the cache mode of its node, and roots."""
         self.exports.listening = listening
         for root in roots:
             self.paths.add(root)
+        for root in private_roots:
+            self.private_paths.add(root)
         for export, cache in exports:
             node = export.node
             entry = next((entry for entry in self.nodes if entry.node is node), None)

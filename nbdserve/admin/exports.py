@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
 from nbdserve.admin.errors import WELL_FORMED, QmpError
@@ -14,7 +15,7 @@ from nbdserve.admin.events import BLOCK_EXPORT_DELETED, BLOCK_IO_ERROR, Events, 
 from nbdserve.admin.nodes import NodeEntry
 from nbdserve.errors import ConfigError, errno_of
 from nbdserve.exports.export import Export
-from nbdserve.server.addresses import Address
+from nbdserve.server.addresses import Address, UnixAddress
 from nbdserve.server.listeners import Listener, bind
 from nbdserve.server.server import Places, Server
 
@@ -61,17 +62,22 @@ class ExportControl:
 
     # --- the server --------------------------------------------------------------------------------------------------
 
-    async def start_server(self, address: Address, max_clients: int = 0) -> None:
+    async def start_server(self, address: Address, max_clients: int = 0, directory: int | None = None) -> None:
         """Listen on one more address, to so many clients at a time (0: any number).
 
-        QmpError when a command has started a server already, or it cannot be bound.
+        ``directory``: the descriptor of the one that a unix socket has to be in. QmpError when a command has started a
+        server already, or it cannot be bound.
         """
         if self._listeners:
             raise QmpError("NBD server already running")
         try:
-            self._listeners = bind(address)
+            listeners = bind(address)
         except ConfigError as error:
             raise QmpError(str(error)) from None
+        if directory is not None and not _is_in(listeners[0], directory):
+            listeners[0].close()
+            raise QmpError(f"Failed to bind socket to {address}: its directory was moved meanwhile")
+        self._listeners = listeners
         places = Places(max_clients) if max_clients else None
         for listener in self._listeners:
             await self.server.listen(listener.sock, places)
@@ -193,3 +199,13 @@ class ExportControl:
             reason=os.strerror(code),
         )
         self.events.emit(BLOCK_IO_ERROR, problem)
+
+
+def _is_in(listener: Listener, directory: int) -> bool:
+    """Whether its file is there."""
+    assert isinstance(listener.address, UnixAddress)
+    try:
+        status = os.stat(Path(listener.address.path).name, dir_fd=directory, follow_symlinks=False)
+    except OSError:
+        return False
+    return (status.st_dev, status.st_ino) == listener.identity

@@ -1,4 +1,4 @@
-"""Which files commands may name: those below the image roots, like the names in image headers.
+"""Which files commands may name: those below the image roots, like the names in image headers, and secrets and sockets.
 
 A name is opened and judged in one step (``ImageRoots``): a symbolic link put in its way meanwhile leads nowhere.
 """
@@ -10,13 +10,16 @@ import errno
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from nbdserve.admin.errors import QmpError
 from nbdserve.storage.file import FileStorage
 from nbdserve.storage.roots import ImageRoots
 
 T = TypeVar("T")
+
+_IMAGE_HINT: Final = "outside the image roots; add its directory to image_roots of [server], or start with --image-root"
+_PRIVATE_HINT: Final = "outside the roots for secrets and sockets; add its directory to roots of [admin]"
 
 
 class PathPolicy:
@@ -65,6 +68,36 @@ class PathPolicy:
         return _told(path, lambda: self.image_roots().create(full_path(path)), "create")
 
 
+class PrivatePaths:
+    """Where commands may name what is no image, that is, files with secrets, and sockets.
+
+    Below the image roots, and below roots of their own, which no image header reaches.
+    """
+
+    def __init__(self, images: PathPolicy) -> None:
+        self._images = images
+        self._own = PathPolicy()
+
+    def add(self, root: str | Path) -> None:
+        """Such files may be named in this directory and below."""
+        self._own.add(root)
+
+    def _roots(self) -> ImageRoots:
+        return ImageRoots([root for root in (*self._own.roots, *self._images.roots) if root.is_dir()])
+
+    def open_secret(self, path: str, flags: int) -> int:
+        """A regular file, or a block device. QmpError. Blocks."""
+        return _told(path, lambda: self._roots().open(full_path(path), flags), hint=_PRIVATE_HINT)
+
+    def directory_of(self, path: str) -> int:
+        """The descriptor (O_PATH) of the directory a socket is to be in. QmpError. Blocks."""
+        try:
+            return self._roots().open_directory(str(Path(full_path(path)).parent))
+        except OSError as error:
+            problem = f"it is {_PRIVATE_HINT}" if error.errno == errno.EXDEV else error.strerror
+            raise QmpError(f"Failed to bind socket to {path}: {problem}") from None
+
+
 def full_path(path: str) -> str:
     """``path``, absolute. QmpError when it cannot be one."""
     if not path or "\0" in path:
@@ -72,15 +105,12 @@ def full_path(path: str) -> str:
     return os.path.abspath(path)  # noqa: PTH100 - symbolic links are kept
 
 
-def _told(path: str, work: Callable[[], T], verb: str = "open") -> T:
+def _told(path: str, work: Callable[[], T], verb: str = "open", hint: str = _IMAGE_HINT) -> T:
     try:
         return work()
     except OSError as error:
         if error.errno == errno.EXDEV:
-            raise QmpError(
-                f"Could not {verb} '{path}': it is outside the image roots; add its directory to image_roots "
-                "of [server], or start with --image-root"
-            ) from None
+            raise QmpError(f"Could not {verb} '{path}': it is {hint}") from None
         if error.errno == errno.EINVAL:
             raise QmpError(f"Could not {verb} '{path}': it is neither a regular file nor a block device") from None
         raise QmpError(f"Could not {verb} '{path}': {error.strerror}") from None

@@ -154,7 +154,7 @@ def serve(
     if not exports and not admin_addresses:
         raise UsageError("nothing to serve: give an IMAGE, or a configuration file that has [exports.NAME], or --admin")
     server = _validated(ServerOptions, settings.server.model_dump() | server_options)
-    return start(plan_of(server, exports, listeners, admin_addresses), fork=fork)
+    return start(plan_of(server, exports, listeners, admin_addresses, settings.admin.roots), fork=fork)
 
 
 def start(plan: Plan, *, fork: bool = False) -> int:

@@ -208,6 +208,12 @@ class AdminOptions(_Options):
         examples=[["unix:/run/nbdserve/admin.sock"]],
     )
 
+    roots: list[FilePath] = Field(
+        default=[],
+        description="Directories below which clients may name files with secrets, and sockets to serve NBD on, besides "
+        "the image roots and the directories of the server's own unix sockets. Image headers name nothing there.",
+    )
+
     def addresses(self) -> list[Address]:
         """``listen``, parsed."""
         return [parse_address(text) for text in self.listen]

@@ -10,20 +10,25 @@ import base64
 import binascii
 import json
 import os
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, TypeAlias
 
 from nbdserve.errors import ConfigError
+
+Opener: TypeAlias = Callable[[str, int], int]
+"""From a name and flags of open(2) to a descriptor."""
 
 MAX_SECRET_BYTES: Final = 64 * 1024
 """More than any passphrase; a wrong file name (``/dev/zero``) ends here."""
 
 
-def secret_from_file(path: str) -> bytes:
-    """All bytes of the file, which may also be a pipe. ConfigError, naming it, when it cannot be one."""
+def secret_from_file(path: str, opener: Opener | None = None) -> bytes:
+    """All bytes of the file, which may also be a pipe. ConfigError, naming it, when it cannot be one.
+
+    ``opener`` opens it in the place of open(2).
+    """
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb", opener=opener) as file:
             secret = file.read(MAX_SECRET_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot read the secret: {getattr(error, 'strerror', None) or error}") from None
@@ -46,12 +51,12 @@ def _checked(secret: bytes, source: str) -> bytes:
     return secret
 
 
-def chosen_secret(file: str | None, variable: str | None) -> bytes | None:
+def chosen_secret(file: str | None, variable: str | None, opener: Opener | None = None) -> bytes | None:
     """The secret of the options ``secret_file`` and ``secret_env``, of which at most one may be given."""
     if file and variable:
         raise ConfigError("the secret is either in a file or in an environment variable, and both are given")
     if file:
-        return secret_from_file(file)
+        return secret_from_file(file, opener)
     return secret_from_environment(variable) if variable else None
 
 
@@ -74,9 +79,9 @@ def secrets_of_objects(texts: Iterable[str]) -> dict[str, bytes]:
     return secrets
 
 
-def secret_of_object(properties: Mapping[str, str]) -> bytes:
-    """The secret that the properties of one such object describe. ConfigError as above."""
-    return _secret(dict(properties))[1]
+def secret_of_object(properties: Mapping[str, str], opener: Opener | None = None) -> bytes:
+    """The secret that the properties of one such object describe. ConfigError as above, and what ``opener`` raises."""
+    return _secret(dict(properties), opener)[1]
 
 
 def _properties(text: str) -> dict[str, str]:
@@ -100,7 +105,7 @@ def _properties(text: str) -> dict[str, str]:
     return properties
 
 
-def _secret(properties: dict[str, str]) -> tuple[str, bytes]:
+def _secret(properties: dict[str, str], opener: Opener | None = None) -> tuple[str, bytes]:
     kind = properties.pop("qom-type", "")
     if kind != "secret":
         what = "TLS is" if kind.startswith("tls-") else f"objects of the type {kind!r} are"
@@ -116,7 +121,7 @@ def _secret(properties: dict[str, str]) -> tuple[str, bytes]:
         raise ConfigError(f"unknown property {next(iter(properties))!r}")
     if not name:
         raise ConfigError("id= is missing")
-    secret = chosen_secret(file, variable)
+    secret = chosen_secret(file, variable, opener)
     if secret is None:
         raise ConfigError("file= is missing")
     return name, _decoded(secret, form)

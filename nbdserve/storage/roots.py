@@ -86,7 +86,7 @@ class ImageRoots:
     def create(self, path: str) -> tuple[int, bool]:
         """As ``open`` for reading and writing, and whether the file was made, which it is when there is none."""
         directory, name = os.path.split(path)
-        parent = self._open(f"{directory}/", os.O_PATH, _open_directory)
+        parent = self.open_directory(directory)
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             return os.open(name, flags, 0o644, dir_fd=parent), True
@@ -95,10 +95,14 @@ class ImageRoots:
         finally:
             os.close(parent)
 
+    def open_directory(self, path: str) -> int:
+        """A directory that a user names by its absolute path, as O_PATH; the descriptor is the caller's. OSError."""
+        return self._open(f"{path}/", os.O_PATH | os.O_CLOEXEC, _open_directory)
+
     def remove(self, path: str) -> None:
         """Remove what ``create`` made. OSError."""
         directory, name = os.path.split(path)
-        parent = self._open(f"{directory}/", os.O_PATH, _open_directory)
+        parent = self.open_directory(directory)
         try:
             os.unlink(name, dir_fd=parent)
         finally:

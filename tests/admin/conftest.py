@@ -33,6 +33,7 @@ def control() -> Control:
 def admin_socket(tmp_path: Path, control: Control) -> Iterator[str]:
     """The path of the socket; the server has a thread of its own, so that tests may block."""
     address = UnixAddress(str(tmp_path / "admin.sock"))
+    control.private_paths.add(tmp_path)
     ready = threading.Event()
     loop = asyncio.new_event_loop()
     end: asyncio.Future[None] = loop.create_future()

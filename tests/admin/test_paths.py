@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nbdserve.admin.errors import QmpError
-from nbdserve.admin.paths import PathPolicy
+from nbdserve.admin.paths import PathPolicy, PrivatePaths
 from nbdserve.storage.roots import ImageRoots
 
 
@@ -96,3 +96,18 @@ async def test_a_link_put_in_the_way_leads_nowhere(tmp_path: Path, monkeypatch: 
     with pytest.raises(QmpError, match="outside the image roots"):
         await policy.create(str(root / "d" / "new"))
     assert not (secret / "new").exists()
+
+
+def test_no_image_header_reaches_the_roots_for_secrets(tmp_path: Path) -> None:
+    images, keys = tmp_path / "images", tmp_path / "keys"
+    for directory in (images, keys):
+        directory.mkdir()
+        (directory / "key").write_bytes(b"k")
+    policy = PathPolicy([images])
+    private = PrivatePaths(policy)
+    private.add(keys)
+    for directory in (images, keys):
+        os.close(private.open_secret(str(directory / "key"), os.O_RDONLY))
+        os.close(private.directory_of(str(directory / "s")))
+    with pytest.raises(OSError, match="cross-device"):
+        policy.image_roots().open(str(keys / "key"), os.O_RDONLY)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Sequence
 from typing import Annotated, Final, Literal, TypeAlias
 
@@ -105,7 +107,15 @@ async def nbd_server_start(control: Control, arguments: ServerStart) -> None:
         raise QmpError(f"No TLS credentials with id '{arguments.tls_creds}'")
     if arguments.tls_authz is not None:
         raise QmpError("'tls-authz' judges the identities of TLS clients: give 'tls-creds' as well, or leave it out")
-    await control.exports.start_server(_address(arguments.addr), arguments.max_connections)
+    address = _address(arguments.addr)
+    if isinstance(address, TcpAddress) or address.abstract:
+        await control.exports.start_server(address, arguments.max_connections)
+        return
+    directory = await asyncio.to_thread(control.private_paths.directory_of, address.path)
+    try:
+        await control.exports.start_server(address, arguments.max_connections, directory)
+    finally:
+        os.close(directory)
 
 
 def _address(given: SocketAddress) -> Address:

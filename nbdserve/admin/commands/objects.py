@@ -104,7 +104,7 @@ async def object_add(control: Control, options: ObjectOptions) -> None:
     if options.file is None:
         raise QmpError("Either 'file' or 'data' must be provided")
     properties = {"qom-type": "secret", "id": options.id, "file": options.file, "format": options.format}
-    secret = await asyncio.to_thread(control.read_secret, properties)
+    secret = await asyncio.to_thread(control.read_secret, properties, control.private_paths.open_secret)
     shown = {"file": options.file, "format": options.format, "loaded": True}
     control.objects.add(ObjectEntry(options.id, options.qom_type, shown), secret)
 

@@ -1,5 +1,6 @@
 import asyncio
 import errno
+import os
 import select
 import socket
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nbdserve.admin.control import Control
+from nbdserve.admin.errors import QmpError
 from nbdserve.block.forms import READ_WAIT
 from nbdserve.block.node import Node
 from nbdserve.cli.nbd_client import Client, list_exports
@@ -157,7 +159,8 @@ def test_what_is_refused(client: RawClient, images: Path, tmp_path: Path) -> Non
     unix = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
     assert client.execute("nbd-server-start", addr=unix, tls_creds="t") == "No TLS credentials with id 't'"
     absent = {"type": "unix", "data": {"path": str(tmp_path / "absent" / "nbd")}}
-    assert "does not exist" in client.execute("nbd-server-start", addr=absent)
+    refused = client.execute("nbd-server-start", addr=absent)
+    assert refused == f"Failed to bind socket to {absent['data']['path']}: No such file or directory"
     inet = {"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}}
     assert client.execute("nbd-server-start", addr=inet) == {}
     file = {"driver": "file", "filename": str(images / "b.raw")}
@@ -206,3 +209,32 @@ def test_so_many_clients_at_a_time(client: RawClient, tmp_path: Path) -> None:
     assert second.recv(8) == b"NBDMAGIC"
     second.close()
     assert client.execute("nbd-server-stop") == {}
+
+
+def test_sockets_are_below_the_roots(client: RawClient, control: Control, images: Path, tmp_path: Path) -> None:
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    outside.mkdir()
+    (tmp_path / "link").symlink_to(outside)
+    for path in (outside / "s", tmp_path / "link" / "s"):
+        refused = client.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}})
+        assert refused == (
+            f"Failed to bind socket to {path}: it is outside the roots for secrets and sockets; "
+            "add its directory to roots of [admin]"
+        )
+    assert list(outside.iterdir()) == []
+    control.private_paths.add(outside)
+    for path in (outside / "s", tmp_path / "link" / "s", images / "s"):
+        assert client.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(path)}}) == {}
+        assert path.is_socket()
+        assert client.execute("nbd-server-stop") == {}
+        assert not path.exists()
+    assert client.execute("nbd-server-start", addr={"type": "unix", "data": {"path": f"@{tmp_path}"}}) == {}
+
+
+async def test_a_directory_that_is_moved_while_a_socket_is_made(control: Control, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    directory = os.open(tmp_path / "other", os.O_PATH)
+    with pytest.raises(QmpError, match="its directory was moved meanwhile"):
+        await control.exports.start_server(UnixAddress(str(tmp_path / "s")), 0, directory)
+    os.close(directory)
+    assert not (tmp_path / "s").exists()

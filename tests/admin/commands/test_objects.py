@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 from nbdserve.admin.control import Control
@@ -13,7 +14,17 @@ def test_secrets_are_in_files_and_never_shown(client: RawClient, control: Contro
     for name in ("data", "secret"):
         assert "not found" in client.execute("qom-get", path="/objects/s", property=name)
     assert "give 'file'" in client.execute("object-add", qom_type="secret", id="t", data="x")
-    assert "cannot read the secret" in client.execute("object-add", qom_type="secret", id="t", file="/absent")
+    absent = client.execute("object-add", qom_type="secret", id="t", file=f"{tmp_path}/absent")
+    assert absent == f"Could not open '{tmp_path}/absent': No such file or directory"
+    for outside in ("/etc/hostname", f"{tmp_path}/../x"):
+        refused = client.execute("object-add", qom_type="secret", id="t", file=outside)
+        assert refused == (
+            f"Could not open '{outside}': it is outside the roots for secrets and sockets; "
+            "add its directory to roots of [admin]"
+        )
+    os.mkfifo(tmp_path / "fifo")
+    fifo = client.execute("object-add", qom_type="secret", id="t", file=f"{tmp_path}/fifo")
+    assert "neither a regular file nor a block device" in fifo
     assert client.execute("object-del", id="s") == {}
     assert control.objects.secrets == {}
 
