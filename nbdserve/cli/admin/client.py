@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Final, Self
 
 from nbdserve.admin.codec import JsonStream
+from nbdserve.admin.errors import COMMAND_NOT_FOUND
 from nbdserve.errors import ConfigError, NbdserveError
 from nbdserve.server.addresses import TcpAddress, parse_address, unix_address
 
@@ -18,10 +20,18 @@ ENVIRONMENT: Final = "NBDSERVE_ADMIN"
 """The environment variable with the address, where none is given."""
 _ADDRESS: Final = re.compile(r"unix:.*|[^/]*:\d+", re.DOTALL)
 _CHUNK: Final = 1 << 16
+_LIST: Final = "query-commands"
 
 
 class VerbError(NbdserveError):
     """The server refuses a verb, or fails at it."""
+
+
+class GoneError(NbdserveError):
+    """The server has closed the connection."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is gone")
 
 
 class AdminClient:
@@ -37,7 +47,7 @@ class AdminClient:
             greeting = self._next()
             self.version = greeting["QMP"]["version"]
             self.execute("qmp_capabilities")
-        except (OSError, EOFError, KeyError) as error:
+        except (OSError, GoneError, KeyError) as error:
             problem = getattr(error, "strerror", None) or "no admin socket of a server"
             raise ConfigError(f"{address}: {problem}; start it with: nbdserve serve --admin SOCK") from None
 
@@ -48,27 +58,37 @@ class AdminClient:
         self._sock.close()
 
     def execute(self, verb: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """The result. VerbError with the server's words; EOFError when it is gone."""
+        """The result. VerbError with the server's words, and with similar verbs where there is none; GoneError."""
         request: dict[str, Any] = {"execute": verb}
         if arguments:
             request["arguments"] = dict(arguments)
-        self._sock.sendall(json.dumps(request).encode() + b"\n")
+        try:
+            self._sock.sendall(json.dumps(request).encode() + b"\n")
+        except ConnectionError:
+            raise GoneError from None
         while "event" in (message := self._next()):
             self.events.append(message)
-        if "error" in message:
-            raise VerbError(message["error"]["desc"])
-        return message["return"]
+        if "error" not in message:
+            return message["return"]
+        problem = message["error"]["desc"]
+        if message["error"]["class"] == COMMAND_NOT_FOUND and verb != _LIST:
+            similar = difflib.get_close_matches(verb, [each["name"] for each in self.execute(_LIST)])
+            problem += f"; did you mean {' or '.join(similar)}?" if similar else f"; {_LIST} lists those there are"
+        raise VerbError(problem)
 
     def poll(self) -> None:
-        """Take up what the server has told in the meantime. EOFError when it is gone."""
+        """Take up what the server has told in the meantime. GoneError."""
         while select.select([self._sock], [], [], 0)[0]:
             self.events.append(self._next())
 
     def _next(self) -> dict[str, Any]:
         while not self._waiting:
-            data = self._sock.recv(_CHUNK)
+            try:
+                data = self._sock.recv(_CHUNK)
+            except ConnectionError:
+                data = b""
             if not data:
-                raise EOFError
+                raise GoneError
             for value in self._stream.feed(data):
                 if not isinstance(value, dict):
                     raise ConfigError(f"no admin socket: it says {value!r}")

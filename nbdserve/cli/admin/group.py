@@ -70,7 +70,7 @@ def _verb_app(verb: str) -> typer.Typer:
         ] = None,
         output: OutputOption = Output.HUMAN,
     ) -> int:
-        """Execute the verb and print what it returns."""
+        """Execute the verb and print what it returns. `help VERB` in `nbdserve admin shell` lists its arguments."""
         given = parse_arguments(arguments or [])
         with AdminClient(address_or_default(ctx.obj)) as client:
             show(client.execute(verb, given), output)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import typer
 
 from nbdserve.cli.admin.arguments import parse_arguments
-from nbdserve.cli.admin.client import AdminClient, address_or_default
+from nbdserve.cli.admin.client import AdminClient, GoneError, VerbError, address_or_default
 from nbdserve.cli.admin.group import show
+from nbdserve.cli.admin.status import glance
 from nbdserve.cli.image.common import Output, OutputOption
 from nbdserve.errors import NbdserveError
 
@@ -24,20 +26,24 @@ except ImportError:  # a Python built without it
 app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 _PROMPT: Final = "nbdserve> "
+_OWN: Final = ("exit", "help", "status")
+_USAGE: Final = """\
+VERB name=value ...   values are JSON or strings, a dot in a name leads into an object
+help VERB             the arguments it takes; those in brackets may be left out
+status                exports, clients, jobs and throughput
+exit                  or Ctrl-D
+"""
 
 
 @app.command()
 def shell(ctx: typer.Context, output: OutputOption = Output.HUMAN) -> int:
-    """Verbs one after the other, `VERB name=value ...`; Tab completes names, Ctrl-D or `exit` ends it."""
+    """Verbs one after the other, `VERB name=value ...`; Tab completes names, `help` says more, Ctrl-D ends it."""
     with AdminClient(address_or_default(ctx.obj)) as client:
-        _complete_with(Completer(client.execute("query-qmp-schema")))
-        try:
-            for line in _lines():
-                if not run_line(client, line, output):
-                    break
-        except EOFError:
-            print("the server is gone", file=sys.stderr)
-            return 1
+        schema = Schema(client.execute("query-qmp-schema"))
+        _complete_with(schema)
+        for line in _lines():
+            if not run_line(client, schema, line, output):
+                break
     return 0
 
 
@@ -52,15 +58,26 @@ def _lines() -> Iterable[str]:
             print()
 
 
-def run_line(client: AdminClient, line: str, output: Output) -> bool:
-    """Do what the line says and print the outcome, and the events before it; False: it says to end."""
+def run_line(client: AdminClient, schema: Schema, line: str, output: Output) -> bool:
+    """Do what the line says and print the outcome, and the events before it; False: it says to end. GoneError."""
     try:
         words = shlex.split(line, comments=True)
         client.poll()
-        if words == ["exit"]:
-            return False
-        if words:
-            show(client.execute(words[0], parse_arguments(words[1:])), output)
+        match words:
+            case []:
+                pass
+            case ["exit"]:
+                return False
+            case ["status"]:
+                glance(client)
+            case ["help" | "?" | "--help", *verbs]:
+                print(schema.help(verbs))
+            case [verb, "--help" | "-h"]:
+                print(schema.help([verb]))
+            case [verb, *arguments]:
+                show(client.execute(verb, parse_arguments(arguments)), output)
+    except GoneError:
+        raise
     except (NbdserveError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
     finally:
@@ -70,42 +87,67 @@ def run_line(client: AdminClient, line: str, output: Output) -> bool:
     return True
 
 
-class Completer:
-    """Names of verbs, and of the arguments of the verb at the beginning of the line."""
+class Schema:
+    """The verbs there are, and their arguments, for help and completion."""
 
     def __init__(self, schema: Iterable[Mapping[str, Any]]) -> None:
-        types = {entity["name"]: entity for entity in schema}
+        self._types = {entity["name"]: entity for entity in schema}
         self._members = {
-            name: _members(types, entity["arg-type"])
-            for name, entity in types.items()
+            name: _members(self._types, entity["arg-type"])
+            for name, entity in self._types.items()
             if entity["meta-type"] == "command"
         }
+
+    def help(self, verbs: Sequence[str]) -> str:
+        """What can be typed, or what arguments these verbs take. VerbError for one there is not."""
+        if not verbs:
+            return f"{_USAGE}\n{textwrap.fill(' '.join(sorted(self._members)), break_on_hyphens=False)}"
+        return "\n".join(line for verb in verbs for line in self._help_lines(verb))
+
+    def _help_lines(self, verb: str) -> list[str]:
+        if verb not in self._members:
+            raise VerbError(f"The command {verb} has not been found")
+        members = self._members[verb]
+        if not members:
+            return [verb, "  no arguments"]
+        width = max(map(len, members))
+        return [verb] + [f"  {name:<{width}}  {self._described(member)}" for name, member in members.items()]
+
+    def _described(self, member: Mapping[str, Any]) -> str:
+        """The type of an argument, or its values, and whether it may be left out."""
+        entity = self._types[member["type"]]
+        words = {"builtin": entity["name"], "enum": " | ".join(entity.get("values", [])), "array": "list"}
+        kind = words.get(entity["meta-type"], "object")
+        return f"[{kind}]" if "default" in member else kind
 
     def candidates(self, line: str, text: str) -> list[str]:
         """What ``text``, at the end of ``line``, may become."""
         before = line[: len(line) - len(text)].split()
         if not before:
-            return sorted(name for name in [*self._members, "exit"] if name.startswith(text))
+            return sorted(f"{name} " for name in [*self._members, *_OWN] if name.startswith(text))
+        if before[0] == "help":
+            return sorted(name for name in self._members if name.startswith(text))
         return [f"{name}=" for name in self._members.get(before[0], []) if name.startswith(text)]
 
 
-def _members(types: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
+def _members(types: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Mapping[str, Any]]:
     """The members of an object, and of the branches of a union."""
     entity = types[name]
-    found = dict.fromkeys(member["name"] for member in entity.get("members", []))
+    found = {member["name"]: member for member in entity.get("members", [])}
     for variant in entity.get("variants", []):
-        found |= dict.fromkeys(_members(types, variant["type"]))
-    return list(found)
+        found = _members(types, variant["type"]) | found
+    return found
 
 
-def _complete_with(completer: Completer) -> None:
+def _complete_with(schema: Schema) -> None:
     if readline is None:
         return
 
     def complete(text: str, state: int) -> str | None:
-        found = completer.candidates(readline.get_line_buffer()[: readline.get_endidx()], text)
+        found = schema.candidates(readline.get_line_buffer()[: readline.get_endidx()], text)
         return found[state] if state < len(found) else None
 
     readline.set_completer(complete)
     readline.set_completer_delims(" ")
     readline.parse_and_bind("tab: complete")
+    readline.parse_and_bind("set show-all-if-ambiguous on")

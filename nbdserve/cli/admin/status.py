@@ -31,24 +31,29 @@ def status(
 ) -> int:
     """Exports, clients, jobs and throughput at a glance."""
     with AdminClient(address_or_default(ctx.obj)) as client:
-        before = client.execute(VERB)
         if output is Output.JSON:
             while True:
-                print_json(before)
+                print_json(client.execute(VERB))
                 if not watch:
                     return 0
                 time.sleep(interval)
-                before = client.execute(VERB)
         if not watch:
-            time.sleep(min(interval, 0.5))
-            Console(highlight=False).print(picture(before, client.execute(VERB)))
+            glance(client, interval)
             return 0
+        before = client.execute(VERB)
         with Live(picture(before, before), console=Console(highlight=False), auto_refresh=False) as live:
             while True:
                 time.sleep(interval)
                 now = client.execute(VERB)
                 live.update(picture(before, now), refresh=True)
                 before = now
+
+
+def glance(client: AdminClient, interval: float = 1.0) -> None:
+    """Print it, with the rates of half a second, or ``interval``."""
+    before = client.execute(VERB)
+    time.sleep(min(interval, 0.5))
+    Console(highlight=False).print(picture(before, client.execute(VERB)))
 
 
 def picture(before: Mapping[str, Any], now: Mapping[str, Any]) -> RenderableType:

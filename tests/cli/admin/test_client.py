@@ -14,8 +14,10 @@ def test_verbs_and_events(admin_socket: str, control: Control) -> None:
     with AdminClient(f"unix:{admin_socket}") as client:
         assert client.version["package"] == "nbdserve test"
         assert client.execute("query-status")["running"] is True
-        with pytest.raises(VerbError, match="The command x has not been found"):
+        with pytest.raises(VerbError, match="The command x has not been found; query-commands lists those there are"):
             client.execute("x")
+        with pytest.raises(VerbError, match=r"The command query-blok has not been found; did you mean query-block or"):
+            client.execute("query-blok")
         with pytest.raises(VerbError, match="Parameter 'node-name' is missing"):
             client.execute("blockdev-del", {})
         client.execute("stop")
