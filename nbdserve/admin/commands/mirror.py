@@ -76,7 +76,7 @@ async def drive_mirror(control: Control, arguments: DriveMirror) -> None:
         raise QmpError("'sync': 'none' makes an image over the disk it would replace: give mode 'existing'")
     if arguments.node_name is not None:
         control.nodes.check_name(arguments.node_name)
-    if entry.driver == "throttle":
+    if entry.is_filter or entry.inner is not None:
         raise QmpError(f"Node '{entry.name}' is a filter: mirror the disk below it")
     control.jobs.new_id(arguments.job_id, entry)
     file = TargetFile(control, arguments.target, arguments.format, arguments.mode)
@@ -92,10 +92,14 @@ async def drive_mirror(control: Control, arguments: DriveMirror) -> None:
 
 
 def _replaced(control: Control, job: Mirror, entry: NodeEntry, name: str | None) -> None:
-    """After ``complete`` the disk has the layers of the image, and the names of its old ones mean nothing any more."""
+    """After ``complete`` the disk has the layers of the image; the names of its old ones mean nothing any more, and the
+    nodes they were made of are free."""
     if job.complete_requested:
         entry.driver = entry.node.format
         entry.inner_names = {}
+        for child in entry.children:
+            child.users.remove(entry.label)
+        entry.children = []
         if name is not None and control.nodes.find(name) is None:
             control.nodes.name_part(entry, name, entry.node.top)
 

@@ -61,6 +61,18 @@ def test_a_file_takes_the_place_of_the_disk_under_its_clients(client: RawClient,
         pattern(images / "m.qcow2", letter, offset)
 
 
+def test_the_node_below_a_disk_that_was_replaced_is_free(client: RawClient, images: Path) -> None:
+    assert client.execute("blockdev-add", driver="file", node_name="f", filename=str(images / "o.qcow2")) == {}
+    assert client.execute("blockdev-add", driver="qcow2", node_name="o", file="f") == {}
+    assert mirror(client, images, sync="full") == {}
+    wait_for(client, "j", "ready")
+    assert client.execute("blockdev-del", node_name="f") == "Block device f is in use"
+    assert client.execute("job-complete", id="j") == {}
+    assert finish(client, "j") is None
+    assert client.execute("blockdev-del", node_name="f") == {}
+    assert client.execute("blockdev-del", node_name="o") == {}
+
+
 def test_only_the_top_layer_goes_to_a_file(client: RawClient, images: Path) -> None:
     prepare(client, images)
     assert mirror(client, images, sync="top") == {}
@@ -95,6 +107,10 @@ def test_what_is_refused(client: RawClient, images: Path) -> None:
         "drive-mirror", job_id="j", device="o", target="/elsewhere/m", sync="full"
     )
     assert mirror(client, images, sync="full", node_name="r") == "Duplicate nodes with node-name='r'"
+    client.execute("object-add", qom_type="throttle-group", id="g")
+    client.execute("blockdev-add", driver="throttle", node_name="t", throttle_group="g", file="r")
+    filtered = client.execute("drive-mirror", job_id="j", device="t", target=str(images / "m.qcow2"), sync="full")
+    assert filtered == "Node 't' is a filter: mirror the disk below it"
     before = (images / "o.qcow2").read_bytes()
     own = client.execute("drive-mirror", job_id="j", device="o", target=str(images / "o.qcow2"), sync="full")
     assert "lock" in own
