@@ -19,7 +19,7 @@ from nbdserve.errors import RequestError
 from nbdserve.extents import DATA, ZERO
 from nbdserve.formats.base import Allocation
 from nbdserve.storage.base import ReadBuffer
-from nbdserve.units import KIB
+from nbdserve.units import KIB, is_power_of_two
 
 if TYPE_CHECKING:
     from nbdserve.block.node import Node
@@ -80,6 +80,8 @@ class BatchWriter:
         self._queue: list[_Write] = []
         self._allocating: dict[int, _Write] = {}
         """Queued writes that allocate exactly one cluster, by its guest offset."""
+        if not is_power_of_two(self._top.cluster_size):  # which is rounded to with masks here
+            self._try_allocate = lambda offset, data, done: WRITE_WAIT  # type: ignore[method-assign]
         self._runner: asyncio.Task[None] | None = None
         self._remember = node.places.learn_writable if Places.worthwhile(node.layers) else None
 

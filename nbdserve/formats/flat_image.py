@@ -21,7 +21,7 @@ from nbdserve.formats.flat_map import PAGE_BITS, PAGE_MASK, FlatMap, Scan
 from nbdserve.formats.ordered_commit import Batch, OrderedCommit, Piece
 from nbdserve.formats.tables import AnyWords, L2Table
 from nbdserve.storage.base import Storage
-from nbdserve.units import MIB, div_ceil, is_power_of_two
+from nbdserve.units import MIB, div_ceil
 
 _COPY: Final = MIB
 
@@ -52,14 +52,9 @@ class FlatImage(FormatDriver):
         self.cluster_size = self.granularity = self._block = block_size
         self._broken = ""
         """Why nothing may be changed any more."""
-        self._reluctant = not is_power_of_two(block_size)
-        """The engine's fast way of allocating does not round to other sizes: ``lookup_writable`` sends it away, and
-        answers the other way, which awaits ``load`` before it asks again."""
-        self._announced = False
-        """That way is here."""
         self._outstanding = 0
         """Units allocated, neither published nor abandoned: being written."""
-        self._guarded = self._reluctant
+        self._guarded = False
         """``lookup_writable`` has more to do than to look."""
 
     def _set_map(self, block_map: FlatMap, *, base: int, scale: int, low: int, host_limit: int) -> None:
@@ -158,8 +153,6 @@ class FlatImage(FormatDriver):
             await self.map.load(page)
         elif not self.read_only and self.map.cache.crowded:
             await self._commits.commit()
-        else:
-            self._announced = True  # nothing but ``lookup_writable`` sends anyone here then
 
     async def iter_runs(self, start: int, end: int) -> RunStream:
         """The mapping of ``[start, end)``, 256 Ki blocks at a time. RequestError(EIO) for an invalid word."""
@@ -206,10 +199,7 @@ class FlatImage(FormatDriver):
     def _is_admitted(self, run: Run | None) -> bool:
         """Whether ``run`` may be given to who wants to write; False sends him to ``load``. RequestError: nobody may."""
         self._check_whole()
-        if run is None or run[0] == DATA or not self._reluctant:
-            return True
-        announced, self._announced = self._announced, False
-        return announced
+        return True
 
     def allocate(self, offset: int, length: int) -> Allocation | None:
         """Consecutive units for consecutive blocks of one page of the map that have none."""

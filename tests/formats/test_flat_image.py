@@ -13,6 +13,7 @@ import pytest
 
 from nbdserve.block.node import Node
 from nbdserve.block.pieces import zero_pieces
+from nbdserve.block.writer import WRITE_DONE, WRITE_WAIT
 from nbdserve.errors import CorruptImageError, RequestError
 from nbdserve.extents import DATA, UNALLOCATED
 from nbdserve.formats.append_space import AppendSpace
@@ -101,6 +102,17 @@ async def test_random_changes_through_the_engine(block: int) -> None:
     await node.flush()
     again = await _tiny(block, size, driver.storage, read_only=True)
     assert await flat.read(again, 0, size) == model
+
+
+async def test_blocks_that_are_no_power_of_two_are_not_allocated_by_who_rounds_with_masks() -> None:
+    driver = await _tiny(1536, 300_000)
+    node = Node([driver])
+    for _ in range(2):
+        await driver.load(0)
+        assert node.submit_write(2000, memoryview(b"x" * 100), lambda error: None) == WRITE_WAIT
+    await node.write(2000, b"x" * 100)
+    assert node.submit_write(2050, memoryview(b"y" * 100), lambda error: None) == WRITE_DONE
+    assert await node.read(0, 4000) == bytes(2000) + b"x" * 50 + b"y" * 100 + bytes(1850)
 
 
 async def test_runs_over_several_pages() -> None:

@@ -156,8 +156,7 @@ class ParallelsDriver(FlatImage):
 
     def _is_admitted(self, run: Run | None) -> bool:
         """The first one to write is sent to ``load``, which marks the image as in use."""
-        self._check_whole()
-        return super()._is_admitted(run) if self._marked else run is None
+        return super()._is_admitted(run) and (self._marked or run is None)
 
     async def load(self, offset: int) -> None:
         """The page of ``offset``. Who comes although it is in memory wants to change it: mark the image first."""
@@ -189,7 +188,7 @@ class ParallelsDriver(FlatImage):
         self.header = header
         self.extension = Extension((), self.extension.unknown if transit else ())
         self._marked = True
-        self._guarded = self._reluctant
+        self._guarded = bool(self._broken)
 
     def zero(self, offset: int, length: int, *, unmap: bool) -> int | None:
         """Unmap clusters, or find them unallocated. 0: over a backing file, and for what is to keep its space."""
