@@ -127,7 +127,8 @@ def test_interrupted(tmp_path: Path) -> None:
     before = tmp_path / "before"
     images.run("qemu-img", "convert", "-O", "raw", top, before)
     assert interrupted("commit", top) == Ran(130, "", "")
-    assert base.read_bytes()[: 256 << 10] == b"\xd7" * (256 << 10)  # it was in the middle
+    runs = [base.read_bytes()[start : start + (256 << 10)] for start in (0, 8 << 20)]
+    assert any(run == b"\xd7" * (256 << 10) for run in runs), "it was in the middle: one of the two was written"
     assert sorted(os.listdir(tmp_path)) == ["base", "before", "top"]
     images.run("qemu-img", "compare", before, top)
     images.run("qemu-img", "check", "-q", top)
