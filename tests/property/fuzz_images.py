@@ -401,9 +401,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--keep", type=Path, help="a directory for failing images")
     options = parser.parse_args(arguments)
+    formats = list(KITS) if options.format == "all" else [options.format]
+    known = [geometry.name for fmt in formats for geometry in geometries_of(fmt)]
+    if unknown := set(options.geometry or ()).difference(known):
+        parser.error(f"no such geometry: {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
     failed = 0
     with ProcessPoolExecutor(options.jobs, initializer=limit_address_space) as pool:
-        for fmt in KITS if options.format == "all" else (options.format,):
+        for fmt in formats:
             chosen = [g for g in geometries_of(fmt) if not options.geometry or g.name in options.geometry]
             if not chosen:
                 continue
