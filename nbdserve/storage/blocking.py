@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -36,6 +37,12 @@ Pieces: TypeAlias = Sequence[tuple[int, ReadBuffer]]
 """Offsets, and what is to be written there."""
 
 _MODE: Final = 0o644
+_KINDS: Final = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+}
 _PAGE_SIZE: Final = os.sysconf("SC_PAGE_SIZE")
 _probe: Final = bytearray(1)
 _UNSUPPORTED: Final = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY))
@@ -55,6 +62,13 @@ def open_image_file(path: str, flags: int, opened: list[int]) -> int:
     opened.append(fd)
     os.set_blocking(fd, True)
     return fd
+
+
+def check_kind(path: str, mode: int) -> None:
+    """ImageError unless ``mode``, of the file at ``path``, is that of something an image can be in."""
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        kind = _KINDS.get(stat.S_IFMT(mode), "no file")
+        raise ImageError(path, f"is {kind}", hint="an image is a regular file or a block device")
 
 
 def sync_directory_of(path: str) -> None:

@@ -39,12 +39,6 @@ CACHE_MODES: Final = ("writeback", "none", "writethrough", "directsync", "unsafe
 write of ``writethrough`` and ``directsync`` is followed by a flush is the block layer's, which knows the metadata."""
 
 _MEMORY_FILE_SYSTEMS: Final = frozenset((TMPFS_MAGIC, RAMFS_MAGIC))
-_KINDS: Final = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a character device",
-}
 
 
 class FileStorage(Storage):
@@ -64,16 +58,13 @@ class FileStorage(Storage):
         if cache not in CACHE_MODES:
             raise ConfigError(f"{path}: invalid cache mode {cache!r}: use one of {', '.join(CACHE_MODES)}")
         status = os.fstat(fd)
-        mode = status.st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            kind = _KINDS.get(stat.S_IFMT(mode), "no file")
-            raise ImageError(path, f"is {kind}", hint="an image is a regular file or a block device")
+        blocking.check_kind(path, status.st_mode)
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         self.path = path
         self.read_only = flags & os.O_ACCMODE == os.O_RDONLY
         self.identity = (status.st_dev, status.st_ino)
         self._fd = fd
-        self.is_device = stat.S_ISBLK(mode)
+        self.is_device = stat.S_ISBLK(status.st_mode)
         self._unsafe = cache == "unsafe"
         self._pool = worker_pool()
         self._failure: str | None = None
