@@ -49,7 +49,8 @@ async def open_image(spec: ImageSpec, roots: ImageRoots | None = None) -> Node:
     layers: list[FormatDriver] = []
     if _may_change_at_open(spec):
         async with AsyncExitStack() as files:
-            await _open_layers(replace(spec, read_only=True), roots, [], files)
+            locked = spec.secret is not None
+            await _open_layers(replace(spec, read_only=True), roots, [], files, metadata_only=locked)
     async with AsyncExitStack() as files:
         probed_raw = await _open_layers(spec, roots, layers, files)
         _refuse_idle_secret(spec, layers)
@@ -68,12 +69,12 @@ async def open_image(spec: ImageSpec, roots: ImageRoots | None = None) -> Node:
 def _may_change_at_open(spec: ImageSpec) -> bool:
     """Whether the chain is opened to be read first, so that a layer below that cannot be opened is met before.
 
-    Some formats repair an image, or replay its log, when it is opened for writing. Left out are what can be opened only
-    once, and what is encrypted, whose passphrase takes seconds.
+    Some formats repair an image, or replay its log, when it is opened for writing. Left out is what can be opened only
+    once; what is encrypted stays locked, for its passphrase takes seconds.
     """
     if spec.read_only or spec.overlay or spec.snapshot is not None or spec.backing is None or spec.format == "raw":
         return False
-    return spec.file is None and spec.nbd is None and spec.opened is None and spec.secret is None
+    return spec.file is None and spec.nbd is None and spec.opened is None
 
 
 async def _window(spec: ImageSpec, roots: ImageRoots) -> ImageSpec:
@@ -177,7 +178,14 @@ def _show_backing(layer: FormatDriver, name: str, roots: ImageRoots) -> None:
     layer.see_backing(changed_at, "")
 
 
-async def _open_layers(spec: ImageSpec, roots: ImageRoots, layers: list[FormatDriver], files: AsyncExitStack) -> bool:
+async def _open_layers(
+    spec: ImageSpec,
+    roots: ImageRoots,
+    layers: list[FormatDriver],
+    files: AsyncExitStack,
+    *,
+    metadata_only: bool = False,
+) -> bool:
     """Append the layers from ``spec`` down; whether the first was probed to be raw. ``files`` closes all of them."""
     read_only = spec.read_only or spec.overlay or spec.snapshot is not None
     storage = await _open_storage(spec, roots, read_only=read_only)
@@ -190,7 +198,7 @@ async def _open_layers(spec: ImageSpec, roots: ImageRoots, layers: list[FormatDr
         if name is None:
             name = await probe(storage)
             probed_raw = not layers and name == "raw"
-        layer = await _open_layer(storage, name, spec, roots, files, read_only=read_only)
+        layer = await _open_layer(storage, name, spec, roots, files, read_only=read_only, metadata_only=metadata_only)
         if layers:
             layers[-1].accept_backing(layer)
         layers.append(layer)
@@ -270,7 +278,14 @@ def _refuse_loop(storage: Storage, seen: dict[tuple[int, int], str], layers: lis
 
 
 async def _open_layer(
-    storage: Storage, name: str, spec: ImageSpec, roots: ImageRoots, files: AsyncExitStack, *, read_only: bool
+    storage: Storage,
+    name: str,
+    spec: ImageSpec,
+    roots: ImageRoots,
+    files: AsyncExitStack,
+    *,
+    read_only: bool,
+    metadata_only: bool = False,
 ) -> FormatDriver:
     driver = driver_for(name, storage.path)
     options: dict[str, Any] = {
@@ -278,6 +293,7 @@ async def _open_layer(
         "has_backing": isinstance(spec.backing, ImageSpec),
         "secret": spec.secret,
         "unlock_seconds": spec.unlock_seconds,
+        "metadata_only": metadata_only,
     }
     if name == "raw":
         options |= {"offset": spec.offset, "size": spec.size}

@@ -255,6 +255,22 @@ async def test_what_is_mended_at_open_is_not_touched_when_a_layer_below_cannot_b
 
 
 @needs_qemu
+async def test_nor_is_what_is_encrypted(tmp_path: Path) -> None:
+    """A header with an unknown autoclear bit, which a writer clears."""
+    base, top = _raw(tmp_path / "base", b"b"), tmp_path / "top.qcow2"
+    (tmp_path / "secret").write_bytes(b"a passphrase")
+    options = f"encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,backing_file={base.name},backing_fmt=raw"
+    secret = f"secret,id=s,file={tmp_path / 'secret'}"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "--object", secret, "-o", options, top, str(SIZE))
+    content = bytearray(top.read_bytes())
+    content[88] |= 0x80
+    top.write_bytes(content)
+    base.unlink()
+    assert "backing file" in await _refused(tmp_path, ImageSpec(str(top), "qcow2", secret=b"a passphrase"))
+    assert top.read_bytes() == content
+
+
+@needs_qemu
 @pytest.mark.parametrize("name", ["../out.data", "nbd:x", "absent.data"])
 async def test_a_data_file_outside_the_roots_is_refused(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "images"
