@@ -49,8 +49,7 @@ async def open_image(spec: ImageSpec, roots: ImageRoots | None = None) -> Node:
     layers: list[FormatDriver] = []
     if _may_change_at_open(spec):
         async with AsyncExitStack() as files:
-            locked = spec.secret is not None
-            await _open_layers(replace(spec, read_only=True), roots, [], files, metadata_only=locked)
+            await _open_layers(replace(spec, read_only=True), roots, [], files, locked=True)
     async with AsyncExitStack() as files:
         probed_raw = await _open_layers(spec, roots, layers, files)
         _refuse_idle_secret(spec, layers)
@@ -184,9 +183,12 @@ async def _open_layers(
     layers: list[FormatDriver],
     files: AsyncExitStack,
     *,
-    metadata_only: bool = False,
+    locked: bool = False,
 ) -> bool:
-    """Append the layers from ``spec`` down; whether the first was probed to be raw. ``files`` closes all of them."""
+    """Append the layers from ``spec`` down; whether the first was probed to be raw. ``files`` closes all of them.
+
+    ``locked``: no passphrase is tried.
+    """
     read_only = spec.read_only or spec.overlay or spec.snapshot is not None
     storage = await _open_storage(spec, roots, read_only=read_only)
     probed_raw = False
@@ -198,6 +200,7 @@ async def _open_layers(
         if name is None:
             name = await probe(storage)
             probed_raw = not layers and name == "raw"
+        metadata_only = locked and spec.secret is not None
         layer = await _open_layer(storage, name, spec, roots, files, read_only=read_only, metadata_only=metadata_only)
         if layers:
             layers[-1].accept_backing(layer)
