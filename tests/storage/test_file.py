@@ -468,16 +468,22 @@ async def test_write_stable_of_an_unsafe_storage_does_not_sync(path: str, syncs:
     await storage.close()
 
 
-async def test_direct_writes_never_bypass_the_gate(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An AIO write beside a read-modify-write of the same block would be undone by it."""
-    submitted: list[int] = []
-    monkeypatch.setattr(aio, "io_submit", refuse(errno.EIO, submitted))
+async def _direct(path: str) -> FileStorage:
+    """The file opened for direct I/O; the test is skipped where there is none."""
     try:
         storage = await FileStorage.open(path, cache="none")
     except ImageError:
         pytest.skip("this file system has no direct I/O")
     if storage._direct is None:
         pytest.skip("a file system in memory")
+    return storage
+
+
+async def test_direct_writes_never_bypass_the_gate(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An AIO write beside a read-modify-write of the same block would be undone by it."""
+    submitted: list[int] = []
+    monkeypatch.setattr(aio, "io_submit", refuse(errno.EIO, submitted))
+    storage = await _direct(path)
     await storage.write_all([(0, b"b" * 4096), (8192, b"c" * 4096)])
     await storage.write_stable([(0, b"d" * 4096), (8192, b"e" * 4096)])
     assert not submitted
@@ -487,12 +493,7 @@ async def test_direct_writes_never_bypass_the_gate(path: str, monkeypatch: pytes
 async def test_a_file_that_is_extended_is_not_cut_by_a_write_at_its_end(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    try:
-        storage = await FileStorage.open(path, cache="none")
-    except ImageError:
-        pytest.skip("this file system has no direct I/O")
-    if storage._direct is None:
-        pytest.skip("a file system in memory")
+    storage = await _direct(path)
     cut, cutting, go_on = os.ftruncate, threading.Event(), threading.Event()
 
     def slow(fd: int, size: int) -> None:

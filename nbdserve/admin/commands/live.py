@@ -69,11 +69,11 @@ async def block_commit(control: Control, arguments: Committing) -> None:
         if arguments.backing_file is not None:
             raise QmpError("Cannot specify 'backing-file' when the active layer is the top")
         errors = {"on_source_error": arguments.on_error, "on_target_error": arguments.on_error}
-        job = ActiveCommit(identity, entry.node, base, **errors, **_options(arguments))
+        job = ActiveCommit(identity, entry.node, base, **errors, **job_options(arguments))
     else:
         backing = _reference(arguments.backing_file, layers[base].name)
         job = Commit(
-            identity, entry.node, top, base, backing=backing, on_error=arguments.on_error, **_options(arguments)
+            identity, entry.node, top, base, backing=backing, on_error=arguments.on_error, **job_options(arguments)
         )
     control.jobs.add(job, entry)
     job.start()
@@ -100,13 +100,14 @@ async def block_stream(control: Control, arguments: Streaming) -> None:
         base if base < len(layers) else None,
         backing=backing,
         on_error=arguments.on_error,
-        **_options(arguments),
+        **job_options(arguments),
     )
     control.jobs.add(job, entry)
     job.start()
 
 
-def _options(arguments: Arguments) -> dict[str, Any]:
+def job_options(arguments: Arguments) -> dict[str, Any]:
+    """Those that every job takes, whose arguments are called the same."""
     return {name: getattr(arguments, name) for name in _COMMON}
 
 

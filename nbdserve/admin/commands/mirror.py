@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final, Literal
 
 from nbdserve.admin.command import Command
-from nbdserve.admin.commands.live import OnError
+from nbdserve.admin.commands.live import OnError, job_options
 from nbdserve.admin.control import Control
 from nbdserve.admin.errors import QmpError
 from nbdserve.admin.nodes import NodeEntry
@@ -120,9 +120,7 @@ def _mirror(control: Control, arguments: MirrorCommon, entry: NodeEntry, target:
         on_source_error=arguments.on_source_error,
         on_target_error=arguments.on_target_error,
         owns_target=owned,
-        speed=arguments.speed,
-        auto_finalize=arguments.auto_finalize,
-        auto_dismiss=arguments.auto_dismiss,
+        **job_options(arguments),
     )
 
 
