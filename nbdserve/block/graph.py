@@ -293,7 +293,7 @@ async def _open_layer(
     driver = driver_for(name, storage.path)
     options: dict[str, Any] = {
         "discard": spec.discard,
-        "has_backing": isinstance(spec.backing, ImageSpec),
+        "has_backing": spec.gets_backing or isinstance(spec.backing, ImageSpec),
         "secret": spec.secret,
         "unlock_seconds": spec.unlock_seconds,
         "metadata_only": metadata_only,

@@ -40,6 +40,8 @@ class ImageSpec:
     """The NBD export that holds the bytes; ``path`` is then its URI. Said by the user, never by a header."""
     opened: Storage | None = field(default=None, repr=False, compare=False)
     """What holds its bytes, open already; whoever opens the image owns it from then on."""
+    gets_backing: bool = False
+    """A layer is to be put below it: what reads as zeroes now and is written as such has to hide that layer."""
     data_file: ImageSpec | None = None
     """The external data file, instead of the one the image's header names."""
     secret: bytes | None = field(default=None, repr=False)

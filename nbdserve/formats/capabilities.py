@@ -10,7 +10,7 @@ from typing import Final
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.registry import DRIVERS
 
-COLUMNS: Final = ("format", "read", "write", "create", "check", "repair", "backing", "resize")
+COLUMNS: Final = ("format", "read", "write", "create", "check", "repair", "backing", "rebase", "resize")
 
 
 def capabilities(driver: type[FormatDriver]) -> tuple[str, ...]:
@@ -24,6 +24,7 @@ def capabilities(driver: type[FormatDriver]) -> tuple[str, ...]:
         _word(driver.can("check")),
         _word(driver.can("check") and driver.repairs),
         "any format" if backing is None else ", ".join(backing),
+        _word(driver.can("set_backing")),
         _word(driver.can("resize")),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,6 +46,9 @@ async def _open_base(node: Node, index: int, size: int) -> LowerNode:
             await reopen(node, index, read_only=False)
     try:
         lower = LowerNode(node, index)
+        if node.layers[index - 1].needs_open_backing:
+            async with node.drained():
+                await _renew_identity(node, index)
         if lower.size < size:
             await lower.resize(size)
             async with node.drained():
@@ -159,9 +163,7 @@ class Commit(NodeJob):
         top, base = self._top_index, self._base_index
         layers = self.node.layers
         reference = self._reference or reference_to(layers[top - 1], layers[base - 1], layers[base])
-        await name_backing(self.node, top - 1, reference, layers[base])
-        self._dropped = self.node.layers[top:base]
-        self.node.replace_layers([*self.node.layers[:top], *self.node.layers[base:]])
+        self._dropped = await put_on(self.node, top - 1, base, reference)
         self._exchanged = True
 
     async def clean(self) -> None:
@@ -172,16 +174,44 @@ class Commit(NodeJob):
             await super().clean()
 
 
-async def name_backing(
-    node: Node, index: int, reference: BackingReference | None, backing: FormatDriver | None
-) -> None:
-    """Let layer ``index`` of the drained node name ``reference``, opening it for writing meanwhile if it is not."""
-    layer = node.layers[index]
-    read_only = layer.read_only
-    if read_only:
-        layer = await reopen(node, index, read_only=False)
+async def put_on(node: Node, index: int, base_index: int, reference: BackingReference | None) -> Sequence[FormatDriver]:
+    """Let layer ``index`` of the drained node stand on layer ``base_index``, or past the last on nothing.
+
+    Its header names ``reference``; it is open for writing meanwhile if it is not. Returned are the layers between,
+    which have left the chain.
+    """
+    read_only = node.layers[index].read_only
+    layer = await reopen(node, index, read_only=False) if read_only else node.layers[index]
     try:
-        await layer.set_backing(reference, backing)
+        layers = node.layers
+        await layer.set_backing(reference, layers[base_index] if base_index < len(layers) else None)
+        node.replace_layers([*layers[: index + 1], *layers[base_index:]])
     finally:
         if read_only:
             await close_to_writing(node, index)
+    return layers[index + 1 : base_index]
+
+
+async def _renew_identity(node: Node, index: int) -> None:
+    """Layer ``index`` becomes another to those that know it by its identity; the layer above learns the new one.
+
+    To be done before anything is written to it. Crash in between: the layer above refuses the one below, and
+    ``image rebase -u`` says that it is the right one.
+    """
+    above = node.layers[index - 1]
+    if above.backing is None:
+        return
+    read_only = above.read_only
+    if read_only:
+        above = await reopen(node, index - 1, read_only=False)
+    try:
+        base = node.layers[index]
+        while base.size and base.lookup_writable(0, 1) is None:  # which is what a driver changes it at
+            await base.load(0)
+        try:
+            above.accept_backing(base)
+        except ImageError:
+            await above.set_backing(above.backing, base)
+    finally:
+        if read_only:
+            await close_to_writing(node, index - 1)

@@ -10,7 +10,7 @@ from nbdserve.block.window import map_node
 from nbdserve.errors import JobError, RequestError
 from nbdserve.extents import UNALLOCATED
 from nbdserve.formats.base import BackingReference
-from nbdserve.jobs.commit import name_backing, reference_to
+from nbdserve.jobs.commit import put_on, reference_to
 from nbdserve.jobs.in_flight import InFlight
 from nbdserve.jobs.mirror import NodeJob
 from nbdserve.units import GIB, MIB
@@ -124,10 +124,7 @@ class Stream(NodeJob):
         layers = node.layers
         await node.flush()
         if base == len(layers):
-            reference, below = None, None
+            reference = None
         else:
-            below = layers[base]
-            reference = self._reference or reference_to(layers[0], layers[base - 1], below)
-        await name_backing(node, 0, reference, below)
-        self._dropped = layers[1:base]
-        node.replace_layers([node.top, *layers[base:]])
+            reference = self._reference or reference_to(layers[0], layers[base - 1], layers[base])
+        self._dropped = await put_on(node, 0, base, reference)

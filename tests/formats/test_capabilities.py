@@ -31,6 +31,7 @@ def test_a_row_says_what_the_driver_defines() -> None:
         "check": "",
         "repair": "",
         "backing": "",
+        "rebase": "",
         "resize": "",
     }
     raw = dict(zip(COLUMNS, capabilities(DRIVERS["raw"]), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +23,16 @@ UNIT = 64 * KIB
 async def make(path: Path, fmt: str = "qcow2", size: int = SIZE, *, backing: Path | None = None) -> Path:
     """An empty image, over ``backing``, whose suffix is its format."""
     options = {} if backing is None else {"backing_file": backing.name, "backing_fmt": backing.suffix[1:]}
+    if fmt == "vpc" and backing is None:
+        options["force_size"] = "on"
     storage = await FileStorage.open(str(path), create=True)
-    await driver_for(fmt).create(storage, size, options)
+    async with AsyncExitStack() as opened:
+        below = None
+        if backing is not None and driver_for(fmt).needs_open_backing:
+            node = await open_image(ImageSpec(str(backing), fmt, read_only=True))
+            opened.push_async_callback(node.close)
+            below = node.top
+        await driver_for(fmt).create(storage, size, options, backing=below)
     await storage.close()
     return path
 

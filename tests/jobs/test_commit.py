@@ -36,6 +36,34 @@ async def test_layers_in_the_middle_go_into_the_base_and_out_of_the_chain(tmp_pa
     await top.close()
 
 
+IDENTITY = ["vmdk"]
+"""Formats whose images know their backing file by more than its name, and refuse it when it was written to."""
+
+
+@pytest.mark.parametrize("fmt", IDENTITY)
+async def test_the_layer_above_takes_the_base_that_was_written_to(tmp_path: Path, fmt: str) -> None:
+    node = await chain(tmp_path, f"{fmt} 0a 1a 2a", f"{fmt} 1b", f"{fmt} 2c", f"{fmt} 0d")
+    await Commit("job", node, 2, 3).result()
+    assert [Path(layer.path).name for layer in node.layers] == [f"{number}.{fmt}" for number in (3, 2, 0)]
+    assert all(layer.read_only for layer in node.layers[1:])
+    assert await letters(node) == "dbc"
+    await node.close()
+    assert await opened(tmp_path / f"3.{fmt}") == "dbc"
+    assert await opened(tmp_path / f"0.{fmt}") == "aba"
+
+
+@pytest.mark.parametrize("base", [1, 2])
+@pytest.mark.parametrize("fmt", IDENTITY)
+async def test_a_chain_that_stays_takes_the_base_that_was_written_to(tmp_path: Path, fmt: str, base: int) -> None:
+    node = await chain(tmp_path, f"{fmt} 0a 1a 2a", f"{fmt} 1b", f"{fmt} 2c")
+    await ActiveCommit("job", node, base, auto_complete=True, pivot=False).result()
+    assert len(node.layers) == 3
+    assert await letters(node) == "abc"
+    await node.close()
+    assert await opened(tmp_path / f"2.{fmt}") == "abc"
+    assert await opened(tmp_path / f"{2 - base}.{fmt}") == "abc"
+
+
 @pytest.mark.parametrize("kind", ["commit", "active commit"])
 async def test_what_is_not_needed_any_more_may_fail_to_close(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -7,11 +7,44 @@ from pathlib import Path
 
 import pytest
 
+from nbdserve.block.graph import open_image
+from nbdserve.block.spec import ImageSpec
 from nbdserve.errors import JobError, RequestError
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.jobs.status import JobStatus
 from nbdserve.jobs.stream import Stream
 from tests.jobs.chains import SIZE, UNIT, begin, chain, letters, opened, until
+from tests.support import images
+
+
+@pytest.mark.parametrize("fmt", ["vmdk"])
+async def test_formats_that_know_the_identity_of_their_backing_file(tmp_path: Path, fmt: str) -> None:
+    node = await chain(tmp_path, f"{fmt} 0a 1a 2a 9a", f"{fmt} 1b 2z", f"{fmt} 3c 4c")
+    await node.write(5 * UNIT + 512, b"e" * 1024)
+    await node.write(5 * UNIT, b"e" * UNIT)
+    await Stream("job", node, 2).result()
+    assert [Path(layer.path).name for layer in node.layers] == [f"2.{fmt}", f"0.{fmt}"]
+    assert await letters(node) == "ab.cce...a"
+    await node.write(6 * UNIT, b"f" * UNIT)
+    await node.close()
+    assert await opened(tmp_path / f"2.{fmt}") == "ab.ccef..a"
+    node = await open_image(ImageSpec(str(tmp_path / f"2.{fmt}"), fmt))
+    await Stream("job", node).result()
+    assert [len(node.layers), node.top.backing] == [1, None]
+    await node.write(12 * UNIT + 512, b"g" * 512)
+    assert await node.read(12 * UNIT, 2048) == bytes(512) + b"g" * 512 + bytes(1024)
+    await node.write(12 * UNIT, b"g" * UNIT)
+    await node.zero(0, UNIT)
+    for number in range(2):
+        (tmp_path / f"{number}.{fmt}").unlink()
+    assert await letters(node) == ".b.ccef..a..g"
+    result = await node.top.check()
+    assert not result.corruptions, result.messages
+    await node.close()
+    assert await opened(tmp_path / f"2.{fmt}") == ".b.ccef..a..g"
+    if images.HAVE_QEMU:
+        raw = images.raw_content(tmp_path / f"2.{fmt}", fmt, tmp_path)
+        assert [raw[number * UNIT] for number in (0, 1, 9, 12)] == [0, ord("b"), ord("a"), ord("g")]
 
 
 @pytest.mark.parametrize("top", ["qcow2", "qed"])

@@ -12,7 +12,7 @@ from nbdserve.admin.errors import DEVICE_NOT_FOUND, QmpError
 from nbdserve.admin.nodes import NodeEntry
 from nbdserve.admin.schema import Arguments, Int, Nothing, Size
 from nbdserve.formats.base import BackingReference
-from nbdserve.jobs.commit import name_backing
+from nbdserve.jobs.commit import put_on
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE
 
@@ -120,7 +120,7 @@ async def change_backing_file(control: Control, arguments: BackingFile) -> None:
         raise QmpError(f"Block node is read-only: '{entry.name}'")
     control.jobs.check_free(entry)
     async with entry.node.drained():
-        await name_backing(entry.node, index, BackingReference(arguments.backing_file, below.name), below)
+        await put_on(entry.node, index, index + 1, BackingReference(arguments.backing_file, below.name))
         control.nodes.renew(entry, layer, entry.layers[index])
 
 

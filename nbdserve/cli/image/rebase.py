@@ -81,14 +81,23 @@ def rebase(
 
 
 async def _rename(spec: ImageSpec, roots: ImageRoots, reference: BackingReference | None) -> None:
-    node = await open_image(replace(spec, backing=None), roots)
-    try:
+    """The header says it, and nothing is compared; the file is opened only where its identity is to be said, too."""
+    async with AsyncExitStack() as nodes:
+        node = await open_image(replace(spec, backing=None), roots)
+        nodes.push_async_callback(node.close)
         _check(node, reference)
+        base = None
         if reference is not None and node.top.needs_open_backing:
-            raise ConfigError(f"{spec.path}: a {node.format} image holds the identity of its backing file: not with -u")
-        await node.top.set_backing(reference)
-    finally:
-        await node.close()
+            below = replace(_base_spec(spec, reference), backing=None)
+            base = await open_image(below, roots)
+            nodes.push_async_callback(base.close)
+        await node.top.set_backing(reference, None if base is None else base.top)
+
+
+def _base_spec(spec: ImageSpec, reference: BackingReference) -> ImageSpec:
+    """How the new backing file is opened."""
+    path = full_name(spec.path, reference.name)
+    return ImageSpec(path, reference.format, read_only=True, secret=spec.secret)
 
 
 def _check(node: Node, reference: BackingReference | None) -> None:
@@ -105,19 +114,12 @@ async def _rebase(
     spec: ImageSpec, roots: ImageRoots, reference: BackingReference | None, source_cache: str, *, progress: bool
 ) -> None:
     async with AsyncExitStack() as nodes:
-        node = await open_image(spec, roots)
+        node = await open_image(replace(spec, gets_backing=reference is not None), roots)
         nodes.push_async_callback(node.close)
         _check(node, reference)
         base = None
         if reference is not None:
-            below = ImageSpec(
-                full_name(spec.path, reference.name),
-                reference.format,
-                read_only=True,
-                cache=source_cache,
-                secret=spec.secret,
-            )
-            base = await open_image(below, roots)
+            base = await open_image(replace(_base_spec(spec, reference), cache=source_cache), roots)
             nodes.push_async_callback(base.close)
             if reference.format is None:
                 reference = BackingReference(reference.name, base.format)

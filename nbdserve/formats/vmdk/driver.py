@@ -11,16 +11,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Self
 
-from nbdserve.errors import CorruptImageError, ImageError, RequestError, UnsupportedImageError
+from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestError, UnsupportedImageError
 from nbdserve.extents import Run, RunStream
 from nbdserve.formats.base import Allocation, BackingReference, CheckResult, Companion, FormatDriver, ImageInfo
 from nbdserve.formats.ordered_commit import Batch, OrderedCommit, Piece
 from nbdserve.formats.tables import L2Cache
 from nbdserve.formats.vmdk.compressed import CompressedGrains
 from nbdserve.formats.vmdk.create import CREATE_OPTIONS, create_vmdk, created_names, parse_options
-from nbdserve.formats.vmdk.descriptor import NO_PARENT, with_other_cid
+from nbdserve.formats.vmdk.descriptor import NO_PARENT, Descriptor, with_other_cid
 from nbdserve.formats.vmdk.extents import Extent, FlatExtent, GrainTable, SparseExtent
 from nbdserve.formats.vmdk.layout import UNCLEAN_AT
+from nbdserve.formats.vmdk.parent import plan_parent
 from nbdserve.formats.vmdk.runs import iter_runs
 from nbdserve.formats.vmdk.source import Source, open_extents, read_redundant, read_source
 from nbdserve.storage.base import ReadBuffer, Storage
@@ -51,7 +52,7 @@ class VmdkDriver(FormatDriver):
         self.keeps_places = True
         if source.descriptor.parent_name is not None:
             self.backing = BackingReference(source.descriptor.parent_name, "vmdk")
-        self._descriptor_offset = source.descriptor_offset
+        self._descriptor_offset, self._descriptor_room = source.descriptor_offset, source.descriptor_room
         self._cache = cache
         self._starts = [extent.start for extent in extents]
         self._ends = [extent.start + extent.size for extent in extents]
@@ -105,11 +106,11 @@ class VmdkDriver(FormatDriver):
         has_backing = self.backing is not None or bool(options.get("has_backing", False))
         for extent in self.sparse:
             redundant = await read_redundant(extent)
-            extent.open_writable(redundant, has_backing=has_backing, punch=options.get("discard") == "unmap")
+            extent.open_writable(redundant, punch=options.get("discard") == "unmap")
+        self._see_backing(has_backing=has_backing)
         self.read_only = False
         self.compressed_only = bool(self._compressed)
         self.keeps_places = not self.sparse
-        self.zeroes_fast = all(extent.zeroed_grains or not has_backing for extent in self.sparse)
         self._commit = OrderedCommit(self.storage, self._collect, data=[self.data])
 
     def _refuse_writing(self, *, sequential: bool) -> None:
@@ -417,6 +418,42 @@ class VmdkDriver(FormatDriver):
             await self._commit.commit()
             if self.storage is not self.data:  # the descriptor's file: when its flush has failed, so do all others
                 await self.storage.flush()
+
+    async def set_backing(self, reference: BackingReference | None, backing: FormatDriver | None = None) -> None:
+        """Name another parent, by its file and its content ID, in the descriptor.
+
+        A crash leaves the old parent or the new one, perhaps with a descriptor that has lost comments and the disk data
+        base (geometry and adapter). ConfigError too where the descriptor leaves no room to do it that way.
+        """
+        parent_cid = NO_PARENT
+        if reference is not None:
+            if not isinstance(backing, VmdkDriver):
+                raise ConfigError(f"{self.path}: the parent of a VMDK image is one, too, and has to be opened")
+            if not self.sparse or not self._descriptor_room:
+                raise ConfigError(f"{self.path}: flat extents, or one without a descriptor, cannot have a parent")
+            parent_cid = backing.descriptor.cid
+        await self.flush()
+        storage, start, room = self.storage, self._descriptor_offset, self._descriptor_room
+        stored = bytes(await storage.read(start, min(room, storage.size - start)))
+        name = None if reference is None else reference.name
+        try:
+            text, steps = plan_parent(stored.partition(b"\0")[0], room, name, parent_cid)
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}") from None
+        for at, data in steps:
+            await storage.write_stable([(start + at, data)])
+        if steps and not start and storage.grows_zeroed:  # a file of its own, which ends with the text
+            await storage.truncate(len(text))
+            await storage.flush()
+        self.descriptor = Descriptor.parse(text, self.path)
+        self.backing = None if reference is None else BackingReference(reference.name, self.name)
+        self._see_backing(has_backing=reference is not None)
+
+    def _see_backing(self, *, has_backing: bool) -> None:
+        """Something is below, or nothing is."""
+        for extent in self.sparse:
+            extent.has_backing = has_backing
+        self.zeroes_fast = all(extent.zeroed_grains or not has_backing for extent in self.sparse)
 
     async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
         """Compare the grain tables with the files and with their redundant copies."""

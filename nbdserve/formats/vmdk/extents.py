@@ -267,7 +267,7 @@ class SparseExtent(Extent):
 
     # --- changing it -----------------------------------------------------------------------------------------------
 
-    def open_writable(self, redundant: AnyWords | None, *, has_backing: bool, punch: bool) -> None:
+    def open_writable(self, redundant: AnyWords | None, *, punch: bool) -> None:
         """Get ready for changes. CorruptImageError unless tables and grains are clearly apart."""
         header = self.header
         copies = [("gdOffset", header.directory_offset, self.directory)]
@@ -289,7 +289,6 @@ class SparseExtent(Extent):
                 "rgdOffset", header.redundant_offset >> SECTOR_BITS, "the redundant grain directory has other tables"
             )
         self.redundant = redundant
-        self.has_backing = has_backing
         unit = SECTOR_SIZE if header.compressed else header.grain_size
         end = align_up(max(self.file.size, header.overhead), unit)
         self.space = AppendSpace(self.file, unit, end, limit=layout.MAX_EXTENT_BYTES, punch=punch)

@@ -34,6 +34,8 @@ class Source:
     descriptor: Descriptor
     descriptor_offset: int
     """Where the descriptor's text begins in it, bytes."""
+    descriptor_room: int
+    """Bytes that there are for the text; 0: there is no descriptor."""
     header: SparseHeader | None
     """Of the one sparse extent that it is; None if the descriptor names the extents."""
 
@@ -65,16 +67,17 @@ async def read_source(storage: Storage) -> Source:
                 )
             text = await storage.read(header.descriptor_offset, length)
             descriptor = Descriptor.parse(text, storage.path)
+        room = header.descriptor_size if header.descriptor_offset else 0
+        source = Source(descriptor, header.descriptor_offset, room, header if header.capacity else None)
         if header.capacity:
-            return Source(descriptor, header.descriptor_offset, header)
-        source = Source(descriptor, header.descriptor_offset, None)
+            return source
     else:
         if storage.size > MAX_BYTES:
             raise CorruptImageError(
                 storage.path, f"a descriptor has at most {MAX_BYTES} bytes", field="file size", value=storage.size
             )
         text = await storage.read(0, storage.size)
-        source = Source(Descriptor.parse(text, storage.path), 0, None)
+        source = Source(Descriptor.parse(text, storage.path), 0, MAX_BYTES, None)
     descriptor = source.descriptor
     if descriptor.create_type not in FILE_TYPES:
         raise UnsupportedImageError(

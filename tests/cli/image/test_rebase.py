@@ -79,6 +79,35 @@ def test_no_backing_file_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     images.check(path, top)
 
 
+@pytest.mark.parametrize("fmt", ["vmdk"])
+def test_formats_that_know_the_identity_of_their_backing_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fmt: str
+) -> None:
+    for name, backing in (("old", ""), ("same", ""), ("new", ""), ("top", "old")):
+        more = ["-b", f"{backing}.{fmt}", "-F", fmt] if backing else ["-o", "force_size=on"] if fmt == "vpc" else []
+        size = SIZE if name != "new" else SIZE // 2
+        assert image(monkeypatch, "create", "-q", "-f", fmt, *more, tmp_path / f"{name}.{fmt}", size).code == 0
+    path, raw = tmp_path / f"top.{fmt}", tmp_path / "before"
+    for name in ("old", "same"):
+        qemu_io = ["-c", "write -P 5 64k 64k", "-c", f"write -P 6 {SIZE - 65536} 512"]
+        images.run("qemu-io", "-f", fmt, *qemu_io, tmp_path / f"{name}.{fmt}")
+    assert image(monkeypatch, "convert", "-f", fmt, "-O", "raw", path, raw).code == 1, "it was written to"
+    assert image(monkeypatch, "rebase", "-u", "-b", f"same.{fmt}", "-F", fmt, path).code == 0
+    (tmp_path / f"old.{fmt}").unlink()
+    assert image(monkeypatch, "convert", "-f", fmt, "-O", "raw", path, raw).code == 0
+    assert raw.read_bytes()[65536:66048] == b"\5" * 512
+    for base in (f"new.{fmt}", ""):
+        more = ["-F", fmt] if base else []
+        assert image(monkeypatch, "rebase", "-b", base, *more, path).code == 0
+        assert image(monkeypatch, "compare", "-f", fmt, "-F", "raw", path, raw).code == 0
+        assert image(monkeypatch, "check", "-q", path).code == 0
+    (tmp_path / f"new.{fmt}").unlink()
+    assert images.raw_content(path, fmt, tmp_path) == raw.read_bytes()
+    found = image(monkeypatch, "rebase", "-u", "-b", "nosuch", "-F", "raw", path)
+    assert found.code == 1
+    assert "nosuch" in found.err
+
+
 def test_the_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "top.qcow2"
     images.create(tmp_path / "base.raw", SIZE, fmt="raw")
