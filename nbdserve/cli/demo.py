@@ -25,8 +25,6 @@ from nbdserve.server.addresses import Address, TcpAddress, unix_address
 from nbdserve.storage.file import FileStorage
 from nbdserve.units import KIB, MIB, format_size
 
-app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
-
 DISK_SIZE: Final = 64 * MIB
 BASE: Final = "base.qcow2"
 OVERLAY: Final = "overlay.qcow2"
@@ -44,7 +42,6 @@ _OVERLAY_CONTENT: Final = {
 _DEPTHS: Final = {0: "nowhere: reads as zeroes", 1: OVERLAY, 2: BASE}
 
 
-@app.command()
 def demo(
     *,
     directory: Annotated[

@@ -17,8 +17,6 @@ from nbdserve.config.models import Config, ExportOptions, ServerOptions, help_of
 from nbdserve.server.addresses import DEFAULT_PORT, Address, TcpAddress, parse_address, parse_port, unix_address
 from nbdserve.server.listeners import inherited
 
-app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
-
 _NAMED: Final = re.compile(r"([^/=:{}]+)=(.+)", re.DOTALL)
 
 _ADDRESS: Final = re.compile(r"unix:.*|[^/]*:\d+", re.DOTALL)
@@ -38,7 +36,6 @@ def _listen_option(help_: str, *flags: str) -> Any:
     return typer.Option(*flags, help=help_, rich_help_panel="Listen", show_default=False)
 
 
-@app.command()
 def serve(
     *,
     images: Annotated[

@@ -7,6 +7,7 @@ from tests.house.repository import PACKAGE, TESTS, python_files, shown
 DECLARATIONS = {
     "admin/blockdev.py",
     "block/spec.py",
+    "formats/luks/options.py",
     "protocol/constants.py",
     "storage/base.py",
 }

@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Annotated, Any, Final
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import typer
-from rich.console import Console
-from typer.core import TyperGroup
+from typer.core import TyperCommand
 
 from nbdserve.cli.admin.arguments import parse_arguments
 from nbdserve.cli.admin.client import ENVIRONMENT, AdminClient, address_or_default
-from nbdserve.cli.admin.tables import as_table
-from nbdserve.cli.image.common import Output, OutputOption, print_json
-
-_MODULES: Final = {"shell": "nbdserve.cli.admin.shell", "status": "nbdserve.cli.admin.status"}
+from nbdserve.cli.lazy import CONTEXT, LazyGroup, Place
+from nbdserve.cli.output import Output, OutputOption, print_json
 
 
-class _Verbs(TyperGroup):
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(_MODULES)
+class Verbs(LazyGroup):
+    """``shell`` and ``status``; any other word is for the server to know."""
+
+    places: ClassVar[Mapping[str, Place]] = {
+        "shell": Place(
+            "nbdserve.cli.admin.shell",
+            "shell",
+            "Verbs one after the other, `VERB name=value ...`; Tab completes names, `help` says more, Ctrl-D ends it.",
+        ),
+        "status": Place("nbdserve.cli.admin.status", "status", "Exports, clients, jobs and throughput at a glance."),
+    }
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name in _MODULES:
-            return typer.main.get_command(import_module(_MODULES[cmd_name]).app)
-        return typer.main.get_command(_verb_app(cmd_name))
+        """There is always one."""
+        return super().get_command(ctx, cmd_name) or TyperCommand(cmd_name)
+
+    def imported(self, name: str) -> Any:
+        """The command itself."""
+        return super().imported(name) if name in self.places else typer.main.get_command(_verb_app(name))
 
 
-app = typer.Typer(
-    cls=_Verbs,
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(name="admin", cls=Verbs, no_args_is_help=True, add_completion=False, context_settings=CONTEXT)
 
 
 @app.callback()
@@ -55,7 +58,7 @@ def _root(
 
 def _verb_app(verb: str) -> typer.Typer:
     """The command for one verb, which only the server knows."""
-    verb_app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+    verb_app = typer.Typer(add_completion=False, context_settings=CONTEXT)
 
     @verb_app.command(name=verb)
     def run(
@@ -84,6 +87,11 @@ def show(result: Any, output: Output) -> None:
     if output is Output.JSON:
         print_json(result)
         return
+    # Imported for those who want to see it: 60 ms.
+    from rich.console import Console  # noqa: PLC0415
+
+    from nbdserve.cli.admin.tables import as_table  # noqa: PLC0415
+
     table = as_table(result)
     if table:
         Console(highlight=False).print(table)

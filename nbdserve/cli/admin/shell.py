@@ -15,15 +15,13 @@ from nbdserve.cli.admin.arguments import parse_arguments
 from nbdserve.cli.admin.client import AdminClient, GoneError, VerbError, address_or_default
 from nbdserve.cli.admin.group import show
 from nbdserve.cli.admin.status import glance
-from nbdserve.cli.image.common import Output, OutputOption
+from nbdserve.cli.output import Output, OutputOption
 from nbdserve.errors import NbdserveError
 
 try:
     import readline
 except ImportError:  # a Python built without it
     readline = None  # type: ignore[assignment]
-
-app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 _PROMPT: Final = "nbdserve> "
 _OWN: Final = ("exit", "help", "status")
@@ -35,7 +33,6 @@ exit                  or Ctrl-D
 """
 
 
-@app.command()
 def shell(ctx: typer.Context, output: OutputOption = Output.HUMAN) -> int:
     """Verbs one after the other, `VERB name=value ...`; Tab completes names, `help` says more, Ctrl-D ends it."""
     with AdminClient(address_or_default(ctx.obj)) as client:

@@ -14,15 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from nbdserve.cli.admin.client import AdminClient, address_or_default
-from nbdserve.cli.image.common import Output, OutputOption, print_json
+from nbdserve.cli.output import Output, OutputOption, print_json
 from nbdserve.units import format_size
 
 VERB: Final = "__org.nbdserve_status"
 
-app = typer.Typer(add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 
-
-@app.command()
 def status(
     ctx: typer.Context,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Draw it again and again, until Ctrl-C.")] = False,

@@ -13,13 +13,11 @@ from nbdserve.cli.image.common import (
     FileArgument,
     ForceShareOption,
     FormatOption,
-    Output,
-    OutputOption,
     RootsOption,
     open_layer,
-    print_json,
     roots_for,
 )
+from nbdserve.cli.output import Output, OutputOption, print_json
 from nbdserve.formats.base import CheckResult
 from nbdserve.storage.roots import ImageRoots
 

@@ -1,61 +1,73 @@
-"""The commands of ``nbdserve image``, each imported when it is asked for: a copy needs none of what a check does."""
+"""The commands of ``nbdserve image``: a copy needs none of what a check does."""
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import typer
-from typer.core import TyperGroup
 
-from nbdserve.cli.imports import import_for_good
-
-_PLACES: Final = {
-    "create": "create:create",
-    "convert": "convert:convert",
-    "compare": "compare:compare",
-    "dd": "dd:dd",
-    "measure": "measure:measure",
-    "bench": "bench:bench",
-    "info": "info:info",
-    "map": "map:map_image",
-    "check": "check:check",
-    "commit": "commit:commit",
-    "rebase": "rebase:rebase",
-    "resize": "resize:resize",
-    "snapshot": "snapshot:snapshot",
-    "amend": "amend:amend",
-    "raw-cow": "raw_cow:app",
-}
-"""Command -> the module beside this one, and the function or group in it."""
-
-_CONTEXT: Final = {"help_option_names": ["-h", "--help"]}
-_SPECIAL: Final[dict[str, dict[str, Any]]] = {"resize": {"ignore_unknown_options": True}}  # -1G is a size
+from nbdserve.cli.lazy import CONTEXT, LazyGroup, Place
 
 
-class _Commands(TyperGroup):
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(_PLACES)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in _PLACES:
-            return None
-        module, _, name = _PLACES[cmd_name].partition(":")
-        found = getattr(import_for_good(f"nbdserve.cli.image.{module}"), name)
-        if isinstance(found, typer.Typer):
-            return typer.main.get_command(found)
-        alone = typer.Typer(add_completion=False)
-        alone.command(cmd_name, context_settings=_CONTEXT | _SPECIAL.get(cmd_name, {}))(found)
-        return typer.main.get_command(alone)
+def _place(module: str, help_: str, name: str | None = None, **settings: Any) -> Place:
+    return Place(f"nbdserve.cli.image.{module}", name or module, help_, settings)
 
 
-app = typer.Typer(
-    name="image",
-    cls=_Commands,
-    help="Make, copy and look at image files, with qemu-img's options and exit codes.",
-    no_args_is_help=True,
-    add_completion=False,
-    context_settings=_CONTEXT,
-)
+class ImageCommands(LazyGroup):
+    """One module each, beside this one."""
+
+    places: ClassVar[Mapping[str, Place]] = {
+        "create": _place("create", "Make an image. A file that is there is replaced, unless it is in use."),
+        "convert": _place(
+            "convert",
+            "Copy the disk of an image into a new image, of any format, or keep it a copy-on-write image of BASE.",
+        ),
+        "compare": _place(
+            "compare", "Look whether two images have the same content; the longer one may go on with zeroes."
+        ),
+        "dd": _place("dd", "Copy a part of the disk of an image to a new image, which has the size of that part."),
+        "measure": _place(
+            "measure", "Print how much room a new image takes, made of another, or of nothing, before it is made."
+        ),
+        "bench": _place("bench", "Measure how long a sequence of reads, or writes, of an image takes."),
+        "info": _place(
+            "info", "Print what an image is: format, sizes, backing file, snapshots. The backing file stays closed."
+        ),
+        "map": _place(
+            "map", "Print where the data of an image is: in which file of its chain, and at which offset.", "map_image"
+        ),
+        "check": _place("check", "Look whether the metadata of an image are consistent."),
+        "commit": _place(
+            "commit", "Write what an image holds into its backing file, or into one further down, and empty the image."
+        ),
+        "rebase": _place(
+            "rebase",
+            "Give an image another backing file. Its content stays: what differs between the two is copied into it.",
+        ),
+        "resize": _place(
+            "resize",
+            "Change the size of an image's disk. What it grows by reads as zeroes; partitions stay as they are.",
+            ignore_unknown_options=True,  # -1G is a size
+        ),
+        "snapshot": _place(
+            "snapshot", "List, create, apply or delete the internal snapshots of an image that nobody is using."
+        ),
+        "amend": _place(
+            "amend",
+            "Change what was decided when an image was made: its version, its refcounts' width, its backing file, "
+            "its size.",
+        ),
+        "raw-cow": _place(
+            "raw_cow",
+            "Carry a raw-cow image to and from qcow2 with a data file, which stock tools read. Only metadata is "
+            "written; afterwards use one of the two images, since neither learns what is written through the other.",
+            "app",
+        ),
+    }
+
+
+app = typer.Typer(name="image", cls=ImageCommands, no_args_is_help=True, add_completion=False, context_settings=CONTEXT)
 
 
 @app.callback()

@@ -1,11 +1,9 @@
-"""What the image commands have in common: their options, opening one layer, printing JSON."""
+"""What the image commands have in common: their options, and opening one layer."""
 
 from __future__ import annotations
 
-import json
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import typer
 
@@ -20,19 +18,10 @@ from nbdserve.storage.base import Storage
 from nbdserve.storage.roots import ImageRoots
 from nbdserve.units import parse_size
 
-
-class Output(StrEnum):
-    """How results are printed."""
-
-    HUMAN = "human"
-    JSON = "json"
-
-
 FileArgument: TypeAlias = Annotated[str, typer.Argument(metavar="FILE", help="The image.", show_default=False)]
 FormatOption: TypeAlias = Annotated[
     str | None, typer.Option("-f", metavar="FMT", help="Its format. Default: probed.", show_default=False)
 ]
-OutputOption: TypeAlias = Annotated[Output, typer.Option("--output", help="How to print.")]
 ForceShareOption: TypeAlias = Annotated[
     bool, typer.Option("--force-share", "-U", help="Open it although another process may be writing it.")
 ]
@@ -140,8 +129,3 @@ async def open_layer_on(
         await storage.close()
         raise
     return await open_alone(storage, name, roots, force_share=force_share, to_check=to_check)
-
-
-def print_json(value: Any) -> None:
-    """``value`` as qemu-img lays it out."""
-    print(json.dumps(value, indent=4, ensure_ascii=False))

@@ -18,15 +18,13 @@ from nbdserve.cli.image.common import (
     FileArgument,
     ForceShareOption,
     FormatOption,
-    Output,
-    OutputOption,
     RootsOption,
     full_name,
     open_layer,
     open_layer_on,
-    print_json,
     roots_for,
 )
+from nbdserve.cli.output import Output, OutputOption, print_json
 from nbdserve.errors import ImageError
 from nbdserve.formats.base import FormatDriver, ImageInfo, SnapshotInfo
 from nbdserve.formats.encryption.storage import EncryptedStorage

@@ -19,14 +19,13 @@ from nbdserve.cli.image.common import (
     FileArgument,
     ForceShareOption,
     FormatOption,
-    Output,
-    OutputOption,
     RootsOption,
     SecretEnvOption,
     SecretFileOption,
     parsed_size,
     roots_for,
 )
+from nbdserve.cli.output import Output, OutputOption
 from nbdserve.config.image_opts import image_from_filename
 from nbdserve.config.secrets import chosen_secret
 from nbdserve.errors import ImageError

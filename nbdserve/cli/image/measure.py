@@ -13,17 +13,15 @@ from nbdserve.cli.image.common import (
     ForceShareOption,
     ImageOptsOption,
     ObjectsOption,
-    Output,
     OutputFormatOption,
-    OutputOption,
     RootsOption,
     SecretEnvOption,
     SecretFileOption,
     parsed_size,
-    print_json,
 )
 from nbdserve.cli.image.create import options_help, parse_option_list
 from nbdserve.cli.image.sources import opened, source_spec
+from nbdserve.cli.output import Output, OutputOption, print_json
 from nbdserve.cli.usage import UsageError
 from nbdserve.config.secrets import chosen_secret, secrets_of_objects
 from nbdserve.errors import ConfigError

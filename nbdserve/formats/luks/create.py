@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbdserve.errors import ConfigError
-from nbdserve.formats.base import CreateOption
 from nbdserve.formats.encryption import UNLOCK_SECONDS
 from nbdserve.formats.encryption.ciphers import essiv_key
 from nbdserve.formats.luks import antiforensic, layout
@@ -28,15 +27,6 @@ from nbdserve.formats.luks.layout import CipherSpec, Header, KeySlot
 from nbdserve.storage.pool import worker_pool
 from nbdserve.units import SECTOR_SIZE
 
-VOLUME_OPTIONS: Final = (
-    CreateOption("cipher-alg", "Name of encryption cipher algorithm (aes-128, aes-192, aes-256)", "aes-256"),
-    CreateOption("cipher-mode", "Name of encryption cipher mode (xts, cbc)", "xts"),
-    CreateOption("hash-alg", "Name of encryption hash algorithm", "sha256"),
-    CreateOption("iter-time", "Time to spend in PBKDF in milliseconds", "2000"),
-    CreateOption("ivgen-alg", "Name of IV generator algorithm (plain, plain64, essiv)", "plain64"),
-    CreateOption("ivgen-hash-alg", "Name of IV generator hash algorithm (for essiv)", "sha256"),
-    CreateOption("key-secret", "ID of the secret that provides the keyslot passphrase"),
-)
 MAX_ITER_TIME_MS: Final = int(UNLOCK_SECONDS * 1000) // 4
 """So that a machine a quarter as fast still opens it."""
 _MIN_ITERATIONS: Final = 1000
@@ -54,6 +44,11 @@ class VolumeOptions:
     cipher: CipherSpec
     hash: str
     iter_time_ms: int
+
+    @property
+    def header_length(self) -> int:
+        """Bytes of the header and all key material: the encrypted data begins there."""
+        return layout.slot_offsets(self.cipher)[1]
 
 
 async def new_volume(options: VolumeOptions, secret: bytes) -> tuple[Header, Sequence[tuple[int, bytes]]]:

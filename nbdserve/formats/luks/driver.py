@@ -11,9 +11,10 @@ from nbdserve.formats.base import CreateOption, FormatDriver, ImageInfo
 from nbdserve.formats.encryption.ciphers import SectorCipher
 from nbdserve.formats.encryption.storage import EncryptedStorage
 from nbdserve.formats.luks import layout
-from nbdserve.formats.luks.create import VOLUME_OPTIONS, new_volume, parse_volume_options, passphrase
+from nbdserve.formats.luks.create import new_volume, parse_volume_options, passphrase
 from nbdserve.formats.luks.keys import open_volume
 from nbdserve.formats.luks.layout import Header
+from nbdserve.formats.luks.options import VOLUME_OPTIONS
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up
 

@@ -8,21 +8,23 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import CreateOption
 from nbdserve.formats.create_options import parse_boolean
-from nbdserve.formats.luks.create import VOLUME_OPTIONS, VolumeOptions, new_volume, parse_volume_options, passphrase
-from nbdserve.formats.luks.layout import slot_offsets
+from nbdserve.formats.luks.options import VOLUME_OPTIONS
 from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.refcounts import encode_counts
 from nbdserve.formats.reserve import reserve
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up, div_ceil, is_power_of_two, parse_size
+
+if TYPE_CHECKING:
+    from nbdserve.formats.luks.create import VolumeOptions
 
 FEATURE_NAMES_MIN_CLUSTER_BITS: Final = 13
 """In clusters under 8 KiB the feature name table would take the room of the backing file name; QEMU omits it there."""
@@ -232,6 +234,8 @@ def parse_encryption(options: Mapping[str, str]) -> VolumeOptions | None:
         return None
     if chosen.pop("format", None) != "luks":
         raise ConfigError("encrypted images need encrypt.format=luks")
+    from nbdserve.formats.luks.create import parse_volume_options  # noqa: PLC0415  (few images are encrypted)
+
     try:
         return parse_volume_options(chosen)
     except ConfigError as error:
@@ -285,7 +289,7 @@ def plan_image(size: int, options: Mapping[str, str]) -> tuple[Options, Layout, 
         extended_l2=parsed.extended_l2,
         preallocate=parsed.preallocation != "off" or parsed.data_file_raw,
         external_data=parsed.data_file is not None,
-        luks_length=0 if parsed.encryption is None else slot_offsets(parsed.encryption.cipher)[1],
+        luks_length=0 if parsed.encryption is None else parsed.encryption.header_length,
     )
     try:
         return parsed, plan, make_header(plan, size, parsed).build()
@@ -315,6 +319,8 @@ async def create_qcow2(
     external_data = data_file_storage is not None
     volume: Sequence[tuple[int, bytes]] = ()
     if parsed.encryption is not None:
+        from nbdserve.formats.luks.create import new_volume, passphrase  # noqa: PLC0415  (few images are encrypted)
+
         _, volume = await new_volume(parsed.encryption, passphrase(secret))
     size = virtual_size(size)
     await _empty(storage, plan.end_offset)

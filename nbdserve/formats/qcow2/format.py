@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from nbdserve.formats.base import CreateOption, FormatDriver, ImageInfo
-from nbdserve.formats.luks.layout import Header as LuksHeader
 from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.create import CREATE_OPTIONS, create_qcow2, parse_encryption, plan_image, virtual_size
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.snapshots import Snapshot, describe
 from nbdserve.storage.base import Storage
+
+if TYPE_CHECKING:
+    from nbdserve.formats.luks.layout import Header as LuksHeader
 
 AMENDABLE: Final = (
     "backing_file",

@@ -5,7 +5,7 @@ import pytest
 from nbdserve.admin.codec import JsonStream
 from nbdserve.cli.admin.client import AdminClient, GoneError
 from nbdserve.cli.admin.shell import Schema, run_line
-from nbdserve.cli.image.common import Output
+from nbdserve.cli.output import Output
 
 
 def test_lines(admin_socket: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from nbdserve.cli.boundary import guarded
-from nbdserve.cli.main import PROGRAM, _run
+from nbdserve.cli.main import PROGRAM, run
 from tests.cli.processes import SECONDS, interruptible, started
 
 
@@ -34,7 +34,7 @@ def image(monkeypatch: Any, *arguments: str | Path) -> Ran:
     monkeypatch.setattr("sys.argv", ["nbdserve", "image", *map(str, arguments)])
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = guarded(PROGRAM, _run)
+        code = guarded(PROGRAM, run)
     return Ran(code, out.getvalue(), err.getvalue())
 
 

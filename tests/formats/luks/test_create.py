@@ -7,13 +7,13 @@ import pytest
 from nbdserve.errors import ConfigError
 from nbdserve.formats.luks.create import (
     MAX_ITER_TIME_MS,
-    VOLUME_OPTIONS,
     new_volume,
     parse_volume_options,
     passphrase,
 )
 from nbdserve.formats.luks.keys import iterations_per_second
 from nbdserve.formats.luks.layout import CipherSpec, Header
+from nbdserve.formats.luks.options import VOLUME_OPTIONS
 
 
 def test_the_defaults_are_qemus() -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from nbdserve.cli.image.check import Repair
 from nbdserve.cli.image.check import check as check_command
-from nbdserve.cli.image.common import Output
 from nbdserve.cli.image.info import info as info_command
+from nbdserve.cli.output import Output
 from nbdserve.errors import ImageError, RequestError
 from nbdserve.formats.vmdk.descriptor import Descriptor
 from nbdserve.formats.vmdk.driver import VmdkDriver
