@@ -382,8 +382,9 @@ class FormatDriver(ABC):
 
         Everything written before is stable first; the new name is on return, and a crash leaves the old one or the new
         one where the format has a place for both (each driver says so). ``backing`` is the open image of that name,
-        where the format keeps its identity (``needs_open_backing``). ConfigError, with nothing changed, when the
-        header cannot say it: no room, or a format it has no word for.
+        where the format keeps its identity (``needs_open_backing``); of such a format an image that had no backing file
+        may only be closed when it has got one. ConfigError, with nothing changed, when the header cannot say it: no
+        room, or a format it has no word for.
         """
         raise NotImplementedError
 

@@ -36,7 +36,7 @@ async def test_layers_in_the_middle_go_into_the_base_and_out_of_the_chain(tmp_pa
     await top.close()
 
 
-IDENTITY = ["vmdk"]
+IDENTITY = ["vmdk", "vpc", "vhdx"]
 """Formats whose images know their backing file by more than its name, and refuse it when it was written to."""
 
 

@@ -49,7 +49,7 @@ async def test_zeroes_of_the_old_chain_hide_the_new_one_in_any_part_of_a_cluster
         assert await opened(folder / f"1.{fmt}") == ".........t"
 
 
-@pytest.mark.parametrize("fmt", ["qcow2", "qcow", "qed", "vmdk"])
+@pytest.mark.parametrize("fmt", ["qcow2", "qcow", "qed", "vmdk", "vpc", "vhdx"])
 @pytest.mark.parametrize("size", [SIZE // 2 + 512, SIZE, 2 * SIZE])
 async def test_a_disk_without_a_backing_file_gets_one(tmp_path: Path, fmt: str, size: int) -> None:
     """What read as zeroes has to hide it."""
@@ -71,7 +71,7 @@ async def test_a_disk_without_a_backing_file_gets_one(tmp_path: Path, fmt: str, 
     await node.close()
 
 
-@pytest.mark.parametrize("fmt", ["vmdk"])
+@pytest.mark.parametrize("fmt", ["vmdk", "vpc", "vhdx"])
 @pytest.mark.parametrize("size", [SIZE // 2 + 512, SIZE, 2 * SIZE])
 async def test_formats_that_know_the_identity_of_their_backing_file(tmp_path: Path, fmt: str, size: int) -> None:
     node = await chain(tmp_path, f"{fmt} 0a 1a 5a 12a", f"{fmt} 0t 1z", f"{fmt} 3t")

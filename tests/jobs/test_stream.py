@@ -17,7 +17,7 @@ from tests.jobs.chains import SIZE, UNIT, begin, chain, letters, opened, until
 from tests.support import images
 
 
-@pytest.mark.parametrize("fmt", ["vmdk"])
+@pytest.mark.parametrize("fmt", ["vmdk", "vpc", "vhdx"])
 async def test_formats_that_know_the_identity_of_their_backing_file(tmp_path: Path, fmt: str) -> None:
     node = await chain(tmp_path, f"{fmt} 0a 1a 2a 9a", f"{fmt} 1b 2z", f"{fmt} 3c 4c")
     await node.write(5 * UNIT + 512, b"e" * 1024)

@@ -15,8 +15,9 @@ import numpy as np
 
 from nbdserve.errors import RequestError
 from nbdserve.extents import DATA, UNALLOCATED, Run, RunArray, RunStream
-from nbdserve.formats.base import Allocation
+from nbdserve.formats.base import Allocation, BackingReference, FormatDriver
 from nbdserve.formats.tables import L2Cache, L2Table
+from nbdserve.formats.vhdx.bat_scan import scan
 from nbdserve.formats.vhdx.bitmaps import PART_BITS, all_set, clear_words, run_at, runs_of, set_bits
 from nbdserve.formats.vhdx.driver import VhdxDriver
 from nbdserve.formats.vhdx.image import STORED, TABLE_BYTES, TABLE_ENTRY_BITS
@@ -28,6 +29,7 @@ from nbdserve.formats.vhdx.layout import (
     PARTIALLY_PRESENT,
     STATE_MASK,
     UNMAPPED,
+    Parameters,
 )
 from nbdserve.formats.vhdx.runs import PARTIAL
 from nbdserve.formats.vhdx.structure import Structure
@@ -49,11 +51,15 @@ class DifferencingDriver(VhdxDriver):
     def __init__(self, storage: Storage, structure: Structure, options: Mapping[str, Any]) -> None:
         super().__init__(storage, structure, options)
         self.granularity = structure.parameters.sector_size
+        self._forget_bitmaps()
+        self._sector_bits = self.granularity.bit_length() - 1
+        self._preparing = asyncio.Lock()
+
+    def _forget_bitmaps(self) -> None:
+        """None is in memory, from now on."""
         self.bitmaps = L2Cache(TABLE_BYTES, stored=STORED)
         """Sector bitmaps, in parts of TABLE_BYTES by number."""
         self._recent_bitmaps = self.bitmaps.recent
-        self._sector_bits = self.granularity.bit_length() - 1
-        self._preparing = asyncio.Lock()
 
     def _changed_tables(self) -> list[L2Cache]:
         """Bits first: a block is not shown before the bits that say what of it is here."""
@@ -149,6 +155,8 @@ class DifferencingDriver(VhdxDriver):
 
     def allocate(self, offset: int, length: int) -> Allocation | None:
         """Sectors of a block that is here in part, or of a new one; or new blocks as a whole."""
+        if not self.has_backing:
+            return super().allocate(offset, length)
         found = self._find(offset) if self._may_change() else None
         if found is None:
             return None
@@ -220,6 +228,8 @@ class DifferencingDriver(VhdxDriver):
     async def prepare(self, offset: int, length: int) -> None:
         """The tables, a sector bitmap for the chunk, and whole blocks of zeroes where the mapping says zeroes."""
         await super().prepare(offset, length)
+        if not self.has_backing:
+            return
         async with self._preparing:
             block = offset >> self._block_bits
             state = (await self.load_bat(self._index(block))).entries[self._index(block) & _INDEX_MASK] & STATE_MASK
@@ -228,6 +238,53 @@ class DifferencingDriver(VhdxDriver):
                 await self._load_part(offset)
             elif state <= UNMAPPED:
                 await self._materialise(block)
+
+    async def set_backing(self, reference: BackingReference | None, backing: FormatDriver | None = None) -> None:
+        """As of any image; without a parent the unit is the block."""
+        await super().set_backing(reference, backing)
+        self.granularity = self.structure.parameters.sector_size if self.has_backing else self.cluster_size
+
+    async def _prepare_parent(self, wanted: Parameters) -> None:
+        """Without a parent every block is here as a whole or not at all, and there are no sector bitmaps.
+
+        What a block does not have is zeroed while no bit shows it, and stable before an entry does. The bitmaps go when
+        none is needed any more: of what the log holds, a crash may leave any number of the first entries.
+        """
+        await super()._prepare_parent(wanted)
+        if wanted.has_parent:
+            return
+        await self._cover_blocks()
+        async for entries in scan(self.storage, self.structure):
+            for index in entries.index[(entries.state == PARTIALLY_PRESENT) & ~entries.is_bitmap].tolist():
+                await self._complete(index)
+        await self._commit.settle()
+        async for entries in scan(self.storage, self.structure):
+            for index in entries.index[entries.is_bitmap & (entries.state != NOT_PRESENT)].tolist():
+                table = await self.load_bat(index)
+                entry = table.entries[index & _INDEX_MASK]
+                if entry & STATE_MASK == FULLY_PRESENT:
+                    self.space.free(entry & OFFSET_MASK, BITMAP_BLOCK_SIZE >> 20)
+                table.store(index & _INDEX_MASK, NOT_PRESENT)
+        await self._commit.settle()
+        self._forget_bitmaps()
+
+    async def _complete(self, index: int) -> None:
+        """The block of BAT entry ``index``, here in part, is here as a whole."""
+        start = index - index // ((1 << self._ratio_bits) + 1) << self._block_bits
+        offset, end = start, min(start + self.cluster_size, self.size)
+        host_offset = (await self.load_bat(index)).entries[index & _INDEX_MASK] & OFFSET_MASK
+        while offset < end:
+            run = self.lookup(offset, end - offset)
+            if run is None:
+                await self.load(offset)
+                continue
+            kind, length, _ = run
+            if kind == UNALLOCATED:
+                await self.storage.zero(host_offset + offset - start, length)
+            offset += length
+        (await self.load_bat(index)).store(index & _INDEX_MASK, host_offset | FULLY_PRESENT)
+        if self.bat.crowded:
+            await self._commit.commit()
 
     async def _ensure_bitmap(self, block: int) -> None:
         """A sector bitmap block for the chunk of ``block``, all bits 0: nothing it says is looked at yet."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 from typing import Self, cast
+from uuid import uuid4
 
-from nbdserve.errors import RequestError
+from nbdserve.errors import ConfigError, RequestError
 from nbdserve.extents import DATA, UNALLOCATED, ZERO, Run, RunArray, RunStream
-from nbdserve.formats.base import Allocation
-from nbdserve.formats.tables import L2Table
+from nbdserve.formats.base import Allocation, BackingReference, FormatDriver
+from nbdserve.formats.tables import L2Table, Piece
 from nbdserve.formats.vhdx.image import TABLE_ENTRY_BITS, VhdxImage
 from nbdserve.formats.vhdx.layout import (
     FULLY_PRESENT,
@@ -25,6 +26,7 @@ from nbdserve.formats.vhdx.layout import (
     Region,
 )
 from nbdserve.formats.vhdx.layout import ZERO as ZERO_STATE
+from nbdserve.formats.vhdx.parent import locator_on, with_parent
 from nbdserve.formats.vhdx.resize import change_pages, grown, place_table, write_rest_of_last_block
 from nbdserve.formats.vhdx.runs import iter_runs
 from nbdserve.formats.vhdx.structure import Structure
@@ -250,14 +252,60 @@ class VhdxDriver(VhdxImage):
         await self._cover_blocks()
         await self.storage.flush()
         self._log.stable_size = self._log.end = self.storage.size
-        try:
-            await self._log.barrier_log(await change_pages(self.storage, self.structure, wanted, bat))
-        except BaseException as error:
-            # Some of the pages may be in their places: the log has to stay, for the next one who opens it.
-            self._stop_writing(f"{self.path}: it could not be resized, open it anew: {error}")
-            raise
+        await self._change(await change_pages(self.storage, self.structure, wanted, bat))
         self._adopt(wanted, bat)
         await self.flush()
+
+    async def set_backing(self, reference: BackingReference | None, backing: FormatDriver | None = None) -> None:
+        """Name another parent, by its file and the identity of its data, or none. A crash leaves the old or the new.
+
+        Without a parent no block is here in part: zeroes take the place of what was the parent's, and do so after a
+        crash on the way, too. An image that had no parent is to be opened anew when it has got one.
+        """
+        if self._broken:
+            raise RequestError(errno.EIO, self._broken)
+        old, locator = self.structure, None
+        try:
+            if reference is not None:
+                if not isinstance(backing, VhdxImage):
+                    raise ConfigError("the parent of a VHDX image is one, too, and has to be opened")
+                locator = locator_on(backing.structure, reference.name, old)
+            structure, pages = await with_parent(self.storage, old, locator)
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}") from None
+        await self._commit.settle()
+        if locator is None and old.locator is None:
+            return
+        if not self._begun:
+            await self._headers.update(file_write_guid=uuid4())
+        await self._prepare_parent(structure.parameters)
+        await self._change(pages)
+        self.structure = replace(structure, header=self._headers.header)
+        self.has_backing = locator is not None
+        self.backing = None if reference is None else BackingReference(reference.name, self.name)
+        if not isinstance(self, self._class_for(self.structure)):
+            await self._finish()
+            self._stop_writing(f"{self.path}: it has a parent now, open it anew")
+
+    async def _prepare_parent(self, wanted: Parameters) -> None:
+        """What has to be so when the metadata say ``wanted``; the image says the same as before. Stable on return.
+
+        The table of an image with a parent goes on where that of another ends: with blocks past the end of the disk.
+        """
+        counts = self.structure.parameters.bat_entries, wanted.bat_entries
+        start, end = (self.structure.bat.offset + count * 8 for count in counts)
+        if start < end:
+            await self.storage.zero(start, end - start)
+            await self.storage.flush()
+
+    async def _change(self, pages: list[Piece]) -> None:
+        """All of the pages, in one entry of the log. Stable on return."""
+        try:
+            await self._log.barrier_log(pages)
+        except BaseException as error:
+            # Some of the pages may be in their places: the log has to stay, for the next one who opens it.
+            self._stop_writing(f"{self.path}: its metadata could not be changed, open it anew: {error}")
+            raise
 
     async def _cover_blocks(self) -> None:
         """The file is as long as the last block is, which some writers cut where the disk ends."""

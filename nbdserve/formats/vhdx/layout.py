@@ -457,21 +457,22 @@ def build_metadata(parameters: Parameters, locator: bytes = b"") -> bytes:
         contents[PARENT_LOCATOR] = locator
     entries, stored = [], b""
     for item_id, content in contents.items():
-        about_file = item_id in (FILE_PARAMETERS, PARENT_LOCATOR)
-        flags = ITEM_IS_REQUIRED | (0 if about_file else ITEM_IS_VIRTUAL_DISK)
-        entries.append(
-            METADATA_ENTRY.build(
-                {
-                    "item_id": item_id.bytes_le,
-                    "offset": METADATA_TABLE_LENGTH + len(stored),
-                    "length": len(content),
-                    "flags": flags,
-                    "reserved": 0,
-                }
-            )
-        )
+        entries.append(build_metadata_entry(item_id, Item(METADATA_TABLE_LENGTH + len(stored), len(content))))
         stored += content
-    head: bytes = METADATA_TABLE_HEAD.build(
-        {"signature": METADATA_SIGNATURE, "reserved": 0, "entry_count": len(entries)}
-    )
-    return (head + b"".join(entries)).ljust(METADATA_TABLE_LENGTH, b"\0") + stored
+    return build_metadata_table(entries).ljust(METADATA_TABLE_LENGTH, b"\0") + stored
+
+
+def build_metadata_entry(item_id: UUID, item: Item) -> bytes:
+    """Where an item is, and that no reader may do without it."""
+    about_file = item_id in (FILE_PARAMETERS, PARENT_LOCATOR)
+    flags = ITEM_IS_REQUIRED | (0 if about_file else ITEM_IS_VIRTUAL_DISK)
+    fields = {"item_id": item_id.bytes_le, "offset": item.offset, "length": item.length, "flags": flags, "reserved": 0}
+    built: bytes = METADATA_ENTRY.build(fields)
+    return built
+
+
+def build_metadata_table(entries: list[bytes]) -> bytes:
+    """The table as far as it says something."""
+    fields = {"signature": METADATA_SIGNATURE, "reserved": 0, "entry_count": len(entries)}
+    head: bytes = METADATA_TABLE_HEAD.build(fields)
+    return head + b"".join(entries)

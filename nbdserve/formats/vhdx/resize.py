@@ -17,10 +17,10 @@ from nbdserve.formats.tables import Piece
 from nbdserve.formats.vhdx import layout
 from nbdserve.formats.vhdx.layout import FULLY_PRESENT, Parameters, Region
 from nbdserve.formats.vhdx.layout import ZERO as ZERO_STATE
-from nbdserve.formats.vhdx.log import PAGE
+from nbdserve.formats.vhdx.pages import ChangedPages
 from nbdserve.formats.vhdx.structure import Structure
 from nbdserve.storage.base import Storage
-from nbdserve.units import MIB, align_down, align_up
+from nbdserve.units import MIB, align_up
 
 if TYPE_CHECKING:
     from nbdserve.formats.vhdx.driver import VhdxDriver
@@ -124,18 +124,11 @@ async def _copy(storage: Storage, source: int, target: int, length: int) -> None
 
 async def change_pages(storage: Storage, structure: Structure, wanted: Parameters, bat: Region) -> list[Piece]:
     """The pages, as they are to be, that make the disk as large as ``wanted`` and the table that in ``bat``."""
-    pages: dict[int, bytearray] = {}
-    item = structure.items[layout.VIRTUAL_DISK_SIZE]
-    at = structure.metadata.offset + item.offset
-    for number, byte in enumerate(wanted.size.to_bytes(8, "little")):
-        page = align_down(at + number, PAGE)
-        if page not in pages:
-            pages[page] = await storage.read(page, PAGE)
-        pages[page][at + number - page] = byte
+    pages = ChangedPages(storage)
+    place = structure.metadata.offset + structure.items[layout.VIRTUAL_DISK_SIZE].offset
+    await pages.put(place, wanted.size.to_bytes(8, "little"))
     if bat != structure.bat:
         regions = [bat if region.guid == layout.BAT_REGION else region for region in structure.regions]
-        table = layout.build_region_table(regions)
         for offset in layout.REGION_TABLE_OFFSETS:
-            for start in range(0, len(table), PAGE):
-                pages[offset + start] = bytearray(table[start : start + PAGE])
-    return sorted(pages.items())
+            await pages.put(offset, layout.build_region_table(regions))
+    return pages.pieces()

@@ -82,7 +82,12 @@ class _Check:
             elif footer.size < driver.size and footer.with_size_of(driver.footer) == driver.footer:
                 self._leak(1, f"the {what} has {footer.size} bytes, as before a resize that was cut short")
             elif footer != driver.footer:
-                self._error(f"{what}: differs from the other one")
+                now = driver.footer
+                old = replace(footer, disk_type=now.disk_type, data_offset=now.data_offset)
+                if old == now and footer.disk_type in (layout.DYNAMIC, layout.DIFFERENCING):
+                    self._leak(1, f"the {what} is that of before another parent was named, which was cut short")
+                else:
+                    self._error(f"{what}: differs from the other one")
 
     def _header(self) -> None:
         header = self.driver.header
@@ -132,9 +137,8 @@ def _mended(driver: VpcDriver) -> DynamicHeader:
     header, size = driver.header, driver.storage.size
     is_inside = header.table_offset + header.max_entries * ENTRY_SIZE <= size
     entries = header.max_entries if is_inside else len(driver.table.words)
-    locators = tuple(
-        at if not at.used or at.offset + at.length <= size else Locator(bytes(4), 0, 0) for at in header.locators
-    )
+    lost = [at for at in image.used_locators(driver.footer, header) if at.offset + at.length > size]
+    locators = tuple(Locator(bytes(4), 0, 0) if at in lost else at for at in header.locators)
     return replace(header, max_entries=entries, locators=locators)
 
 

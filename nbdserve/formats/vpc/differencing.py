@@ -8,14 +8,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from uuid import UUID
+
+import numpy as np
 
 from nbdserve.errors import ConfigError, ImageError, UnsupportedImageError
 from nbdserve.extents import DATA, UNALLOCATED, Run, RunStream
 from nbdserve.formats.base import Allocation, BackingReference, FormatDriver, ImageInfo
 from nbdserve.formats.ordered_commit import Batch, OrderedCommit, Piece
-from nbdserve.formats.vpc import image
+from nbdserve.formats.vpc import image, layout
 from nbdserve.formats.vpc.bitmaps import BitmapCache, SectorBitmap
 from nbdserve.formats.vpc.driver import VpcDriver
 from nbdserve.formats.vpc.image import BAD
@@ -27,6 +29,8 @@ from nbdserve.units import SECTOR_SIZE, div_ceil
 
 class DifferencingDriver(VpcDriver):
     """One open differencing image. Blocks are reserved as in a dynamic one; within them the unit is the sector."""
+
+    goes_on_as: ClassVar[tuple[int, ...]] = (layout.DYNAMIC, layout.DIFFERENCING)
 
     async def _open(self, options: Mapping[str, Any], *, read_only: bool) -> None:
         await super()._open(options, read_only=read_only)
@@ -44,6 +48,8 @@ class DifferencingDriver(VpcDriver):
         self._loading: dict[int, asyncio.Task[None]] = {}
         self._parent_size: int | None = None
         self._commit = OrderedCommit(self.storage, self._collect)
+        if self.footer.disk_type != layout.DIFFERENCING:  # until just now
+            return
         name = await image.read_parent_name(self.storage, self.header)
         if name is not None:
             self.backing = BackingReference(name, self.name)
@@ -183,7 +189,41 @@ class DifferencingDriver(VpcDriver):
         """
         await self.storage.write_stable(pieces)
 
+    async def set_backing(self, reference: BackingReference | None, backing: FormatDriver | None = None) -> None:
+        """As of a dynamic image; without a parent, sectors that are not here hold zeroes, which is what shows then."""
+        if reference is None:
+            await self.flush()
+            await self._zero_what_is_not_here()
+        await super().set_backing(reference, backing)
+        self._parent_size = None if backing is None else backing.size
+
+    async def _zero_what_is_not_here(self) -> None:
+        """For those who look at no bits. Stable on return; no bit is set, so that the parent shows still."""
+        for index in np.flatnonzero(self.table.words < BAD).tolist():
+            start = index << self._bits
+            offset, end = start, min(start + self.header.block_size, self.size)
+            while offset < end:
+                run = self.lookup(offset, end - offset)
+                if run is None:
+                    await self.load(offset)
+                    continue
+                kind, length, _ = run
+                if kind == UNALLOCATED:
+                    place = (self._entries[index] << 9) + self._bitmap_size + offset - start
+                    await self.storage.zero(place, length)
+                offset += length
+        await self.storage.flush()
+
+    async def _fill_bitmaps(self) -> None:
+        """All sectors of the blocks are here."""
+        for index in np.flatnonzero(self.table.words < BAD).tolist():
+            await self.storage.write(self._entries[index] << 9, b"\xff" * self._bitmap_size)
+        await self.storage.flush()
+
     async def _resize(self, larger: Footer) -> None:
+        if self.footer.disk_type != layout.DIFFERENCING:
+            await super()._resize(larger)
+            return
         if self._parent_size is None:
             raise ConfigError(f"{self.path}: a differencing VHD is made larger with its parent open")
         await resize_blocks(self, self._space, larger, self._parent_size)

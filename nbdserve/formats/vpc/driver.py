@@ -11,14 +11,17 @@ import errno
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn, Self, cast
 
-from nbdserve.errors import CorruptImageError, ImageError, RequestError
+import numpy as np
+
+from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestError
 from nbdserve.extents import DATA, UNALLOCATED, Run, RunStream
-from nbdserve.formats.base import Allocation, CheckResult, CreateOption, FormatDriver, ImageInfo
+from nbdserve.formats.base import Allocation, BackingReference, CheckResult, CreateOption, FormatDriver, ImageInfo
 from nbdserve.formats.tables import Table
 from nbdserve.formats.vpc import image, layout
 from nbdserve.formats.vpc.create import CREATE_OPTIONS, create_vpc, plan_image
 from nbdserve.formats.vpc.image import BAD, REPAIR_HINT, Footers
 from nbdserve.formats.vpc.layout import UNUSED, Footer
+from nbdserve.formats.vpc.parent import name_no_parent, name_parent
 from nbdserve.formats.vpc.reservations import Reservations
 from nbdserve.formats.vpc.resize import resize_blocks, resized_footer
 from nbdserve.formats.vpc.runs import iter_block_runs
@@ -34,6 +37,8 @@ class VpcDriver(FormatDriver):
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
     backing_formats: ClassVar[tuple[str, ...] | None] = ("vpc",)
     needs_open_backing = True
+    goes_on_as: ClassVar[tuple[int, ...]] = (layout.DYNAMIC,)
+    """Types an image may be given while it is open; with another it is to be opened anew."""
 
     def __init__(self, storage: Storage, footers: Footers, footer: Footer) -> None:
         self.storage = self.data = storage
@@ -255,6 +260,42 @@ class VpcDriver(FormatDriver):
 
     async def _resize(self, larger: Footer) -> None:
         await resize_blocks(self, self._space, larger)
+
+    async def set_backing(self, reference: BackingReference | None, backing: FormatDriver | None = None) -> None:
+        """Name another parent, by its file and its identity, or none: the image is a dynamic one then.
+
+        A crash leaves the old parent or the new one. A dynamic image that gets one is to be opened anew.
+        """
+        footer, header, words = self.footer, self.header, self.table.words
+        if reference is None:
+            await self.flush()
+            if footer.disk_type != layout.DIFFERENCING:
+                return
+            await self._settle()
+            await self._space.tidy()
+            await name_no_parent(self.storage, self._space, footer, header, words)
+        else:
+            if not isinstance(backing, VpcDriver):
+                raise ConfigError(f"{self.path}: the parent of a VHD is one, too, and has to be opened")
+            await self.flush()
+            await self._settle()
+            if footer.disk_type != layout.DIFFERENCING:
+                await self._fill_bitmaps()
+            await self._space.tidy()
+            name, parent = reference.name, backing.footer
+            await name_parent(self.storage, self._space, footer, header, words, name=name, parent=parent)
+        self.footers = await image.read_footers(self.storage)
+        self.footer = image.require_footer(self.footers, self.storage)
+        self.backing = None if reference is None else BackingReference(reference.name, self.name)
+        await self._open(self._options, read_only=False)
+        await self._space.tidy()
+        self.read_only = self.footer.disk_type not in self.goes_on_as
+
+    async def _fill_bitmaps(self) -> None:
+        """All sectors of the blocks are here: as before, now also for those who look at the bits. Stable on return."""
+        for index in np.flatnonzero(self.table.words < BAD).tolist():
+            await self.load(index << self._bits)
+        await self.storage.flush()
 
     async def flush(self) -> None:
         """Guest data, and bits that were set: the table was stable before anything was in a block."""

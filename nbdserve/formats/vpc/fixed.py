@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nbdserve.errors import CorruptImageError
+from nbdserve.errors import ConfigError, CorruptImageError
 from nbdserve.extents import DATA, Run, RunArray, RunStream
-from nbdserve.formats.base import Allocation, ImageInfo
+from nbdserve.formats.base import Allocation, BackingReference, FormatDriver, ImageInfo
 from nbdserve.formats.vpc.driver import VpcDriver
 from nbdserve.formats.vpc.layout import Footer
 from nbdserve.formats.vpc.resize import resize_fixed
@@ -57,6 +57,12 @@ class FixedDriver(VpcDriver):
 
     async def _resize(self, larger: Footer) -> None:
         await resize_fixed(self.storage, self.footer, larger)
+
+    async def set_backing(self, reference: BackingReference | None, backing: FormatDriver | None = None) -> None:
+        """It has no parent."""
+        if reference is not None:
+            raise ConfigError(f"{self.path}: a fixed VHD cannot have a parent")
+        await self.flush()
 
     async def _settle(self) -> None:
         pass

@@ -10,7 +10,7 @@ import numpy as np
 from nbdserve.errors import CorruptImageError, ImageError, UnsupportedImageError
 from nbdserve.formats.tables import AnyWords, Table, decode_table
 from nbdserve.formats.vpc import layout
-from nbdserve.formats.vpc.layout import DynamicHeader, Footer
+from nbdserve.formats.vpc.layout import DynamicHeader, Footer, Locator
 from nbdserve.formats.vpc.parents import MAX_NAME_BYTES, decode_name, portable, preferred
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up, div_ceil
@@ -113,13 +113,18 @@ def highest_entry(file_size: int, header: DynamicHeader) -> int:
     return max(-1, min(BAD - 1, (file_size - header.bitmap_size - header.block_size) // SECTOR_SIZE))
 
 
+def used_locators(footer: Footer, header: DynamicHeader) -> list[Locator]:
+    """Those that name a parent: what an image of another type says of one means nothing."""
+    return [at for at in header.locators if at.used] if footer.disk_type == layout.DIFFERENCING else []
+
+
 def metadata_end(footer: Footer, header: DynamicHeader) -> int:
     """Host offset behind everything but blocks and the footer, in whole sectors."""
     ends = [
         layout.FOOTER_SIZE,
         footer.data_offset + layout.DYNAMIC_HEADER_SIZE,
         header.table_offset + header.max_entries * layout.ENTRY_SIZE,
-        *(locator.offset + locator.length for locator in header.locators if locator.used),
+        *(locator.offset + locator.length for locator in used_locators(footer, header)),
     ]
     return align_up(max(ends), SECTOR_SIZE)
 
@@ -131,7 +136,7 @@ def metadata_ranges(footer: Footer, header: DynamicHeader) -> list[tuple[int, in
         (footer.data_offset, footer.data_offset + layout.DYNAMIC_HEADER_SIZE, "the header"),
         (header.table_offset, header.table_offset + header.max_entries * layout.ENTRY_SIZE, "the table"),
     ]
-    names = [(at.offset, at.offset + at.length, "the parent's name") for at in header.locators if at.used]
+    names = [(at.offset, at.offset + at.length, "the parent's name") for at in used_locators(footer, header)]
     return ranges + names
 
 

@@ -203,7 +203,7 @@ async def test_one_that_fails_in_the_middle_is_finished_by_who_opens_the_image_n
         patched.setattr(storage, "write_all", some)
         with pytest.raises(OSError, match="failed"):
             await node.resize(300 * GIB)
-        with pytest.raises(RequestError, match="could not be resized"):
+        with pytest.raises(RequestError, match="could not be changed, open it anew"):
             await node.top.resize(300 * GIB)
         patched.setattr(storage, "close", stay_open)
         await node.close()
