@@ -16,7 +16,7 @@ from nbdserve.block.requests import RangeLock
 from nbdserve.buffers import fill_zeroes
 from nbdserve.extents import COMPRESSED, DATA
 from nbdserve.formats.base import Allocation, RoomNeededError
-from nbdserve.storage.base import ReadBuffer, Storage
+from nbdserve.storage.base import BlockingWrite, ReadBuffer, Storage
 from nbdserve.units import align_down, align_up
 
 if TYPE_CHECKING:
@@ -100,29 +100,32 @@ async def write_all(node: Node, ranges: Ranges) -> None:
 
 async def _write_free(node: Node, ranges: Ranges) -> int:
     """Write the ranges up to the first whose clusters are held; how many these are."""
-    plan = _Plan(node)
+    plan = WritePlan(node)
     done = 0
     for offset, data in ranges:
         if not await plan.add(offset, data):
             break
         done += 1
-    await plan.carry_out()
+    await plan.write()
     return done
 
 
-class _Plan:
-    """What is to be written to the host, and shown then. The ranges are held exclusively until ``carry_out``."""
+class WritePlan:
+    """What is to be written to the host, and shown then. The ranges are held exclusively until that is done."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._pieces: list[tuple[int, ReadBuffer]] = []
+        self.ready: list[tuple[int, ReadBuffer]] = []
+        """Host offsets, and what goes there."""
+        self.unread: list[tuple[int, range]] = []
+        """Host offsets, and the ranges of the guest whose content, not read so far, goes there; in their order."""
         self._allocations: list[Allocation] = []
         self._locks: list[RangeLock] = []
 
-    async def add(self, offset: int, data: memoryview) -> bool:
+    async def add(self, offset: int, data: memoryview | range) -> bool:
         """Plan the write of a range; False if its clusters are held, by others or for this plan.
 
-        An error undoes the whole plan.
+        ``data`` that is not read so far is the range itself, of whole sectors. An error undoes the whole plan.
         """
         node = self._node
         unit = node.top.cluster_size
@@ -140,16 +143,22 @@ class _Plan:
                     continue
                 kind, length, host_offset = run
                 if kind == DATA:
-                    self._pieces.append((host_offset, data[position : position + length]))
+                    self._put(host_offset, data[position : position + length])
                 else:
                     length = await self._allocate(at, data[position : position + length])
                 position += length
         except BaseException:
-            self._end(node.top.abandon)
+            self.give_up()
             raise
         return True
 
-    async def _allocate(self, offset: int, data: memoryview) -> int:
+    def _put(self, host_offset: int, data: ReadBuffer | range) -> None:
+        if isinstance(data, range):
+            self.unread.append((host_offset, data))
+        else:
+            self.ready.append((host_offset, data))
+
+    async def _allocate(self, offset: int, data: memoryview | range) -> int:
         """New space for the start of ``data``; the bytes it is for."""
         top, length = self._node.top, len(data)
         start = align_down(offset, top.granularity)
@@ -158,18 +167,37 @@ class _Plan:
             await top.prepare(start, size)
         self._allocations.append(allocation)
         stop = min(offset + length, start + allocation.length)
-        self._pieces += await cow.content(self._node, allocation, offset, data[: stop - offset])
+        data = data[: stop - offset]
+        if isinstance(data, range):
+            for host_offset, piece in await cow.content(self._node, allocation, offset, data):
+                self._put(host_offset, piece)
+        else:
+            self.ready += await cow.content(self._node, allocation, offset, data)
         return stop - offset
 
-    async def carry_out(self) -> None:
+    async def write(self) -> None:
         """Write, show what is new, and let go of the ranges."""
         try:
-            if self._pieces:
-                await self._node.data.write_all(self._pieces)
+            if self.ready:
+                await self._node.data.write_all(self.ready)
         except BaseException:
-            self._end(self._node.top.abandon)
+            self.give_up()
             raise
         self._end(self._node.publish)
+
+    async def carry_out(self, work: Callable[[BlockingWrite], bool]) -> bool:
+        """``write``, by what ``work`` does on a worker thread; if that is False, ``give_up``."""
+        try:
+            written = await self._node.data.work(work)
+        except BaseException:
+            self.give_up()
+            raise
+        self._end(self._node.publish if written else self._node.top.abandon)
+        return written
+
+    def give_up(self) -> None:
+        """Let go of the ranges, and of the space for them."""
+        self._end(self._node.top.abandon)
 
     def _end(self, settle: Callable[[Allocation], None]) -> None:
         try:
@@ -178,4 +206,4 @@ class _Plan:
         finally:
             for lock in self._locks:
                 self._node.locks.release(lock)
-            self._pieces, self._allocations, self._locks = [], [], []
+            self.ready, self.unread, self._allocations, self._locks = [], [], [], []

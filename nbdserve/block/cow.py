@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar, cast
 
 import numpy as np
 
@@ -32,6 +32,8 @@ _ZERO_BY_STORAGE: Final = 64 * KIB
 _ZERO_STEP: Final = MIB
 """New space that is zeroed under one lock."""
 
+Content = TypeVar("Content", memoryview, range)
+"""Bytes of the guest, or which they are."""
 Filling: TypeAlias = Callable[[Allocation], Awaitable[None]]
 """Puts what the allocation is to hold into new space."""
 
@@ -127,8 +129,12 @@ async def fill_new(node: Node, start: int, length: int, fill: Filling) -> Alloca
     return allocation
 
 
-async def content(node: Node, allocation: Allocation, offset: int, data: memoryview) -> list[tuple[int, ReadBuffer]]:
+async def content(
+    node: Node, allocation: Allocation, offset: int, data: Content
+) -> list[tuple[int, ReadBuffer | Content]]:
     """What is to be written to the host for ``data`` and, around it, what its clusters read as so far.
+
+    ``data`` that is not read so far is the range of the guest itself, of whole sectors.
 
     A sector that ``data`` covers in part is one piece: were it written in two, and the host space is still mapped on
     disk (a zeroed cluster that kept its space), a crash in between would show a mixture.
@@ -136,13 +142,14 @@ async def content(node: Node, allocation: Allocation, offset: int, data: memoryv
     end = offset + len(data)
     start, stop = allocation.offset, allocation.offset + allocation.length
     first, last = max(start, align_down(offset, SECTOR_SIZE)), min(stop, align_up(end, SECTOR_SIZE))
-    sectors: ReadBuffer = data
+    sectors: ReadBuffer | Content = data
     if first < offset or end < last:
-        sectors = b"".join((await old_bytes(node, first, offset), data, await old_bytes(node, end, last)))
-    pieces: list[tuple[int, ReadBuffer]] = [(allocation.host_offset + first - start, sectors)]
-    await _fill(node, allocation, start, first, pieces)
-    await _fill(node, allocation, last, stop, pieces)
-    return pieces
+        parts = await old_bytes(node, first, offset), cast(ReadBuffer, data), await old_bytes(node, end, last)
+        sectors = b"".join(parts)
+    around: list[tuple[int, ReadBuffer]] = []
+    await _fill(node, allocation, start, first, around)
+    await _fill(node, allocation, last, stop, around)
+    return [(allocation.host_offset + first - start, sectors), *around]
 
 
 async def old_bytes(node: Node, start: int, end: int) -> bytearray:

@@ -179,6 +179,8 @@ class FormatDriver(ABC):
     """Zeroes over a backing file are to be flagged in the mapping although another program may then get them wrong."""
     compressed_only: bool = False
     """It is written with ``write_compressed`` and no other way."""
+    abandons_freely: ClassVar[bool] = False
+    """An abandoned allocation leaves nothing behind but space in the file, for the next ones."""
     zeroes_fast: bool = False
     """Zeroing this image is a change of metadata, or is left to its storage; no zeroes are written."""
 

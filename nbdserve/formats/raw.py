@@ -23,6 +23,7 @@ class RawDriver(FormatDriver):
     )
 
     preallocation_modes: ClassVar[tuple[str, ...]] = ("falloc", "full")
+    abandons_freely: ClassVar[bool] = True
 
     def __init__(self, storage: Storage, window_offset: int, size: int, *, read_only: bool) -> None:
         self.path = storage.path

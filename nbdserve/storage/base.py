@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from nbdserve.extents import RunArray
 
@@ -24,6 +24,10 @@ ReadBuffer: TypeAlias = bytes | bytearray | memoryview
 
 BlockingRead: TypeAlias = Callable[[int, memoryview], None]
 """``read_into`` for worker threads."""
+BlockingWrite: TypeAlias = Callable[[int, ReadBuffer], None]
+"""``write`` for worker threads."""
+
+T = TypeVar("T")
 
 
 class Storage(ABC):
@@ -39,6 +43,8 @@ class Storage(ABC):
     """Space past ``size`` reads as zeroes when first written around (regular files: yes; block devices: no)."""
     blocking_read: BlockingRead | None = None
     """For work on a worker thread that ends before the storage is closed; None where bytes come from elsewhere."""
+    has_workers: bool = False
+    """There is ``work``."""
 
     def try_read_into(self, offset: int, buffer: memoryview) -> bool:
         """Fill ``buffer`` from ``offset`` without blocking; False (buffer undefined) if that is not possible."""
@@ -89,6 +95,10 @@ class Storage(ABC):
         """Write every ``(offset, data)``, in any order; one trip to the worker threads where there are such."""
         for offset, data in pieces:
             await self.write(offset, data)
+
+    async def work(self, fn: Callable[[BlockingWrite], T]) -> T:
+        """``fn(write)`` on a worker thread; ``write`` is good for large pieces, and until ``fn`` returns."""
+        raise NotImplementedError
 
     async def write_stable(self, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
         """``write_all``, then ``flush``; one trip for both where there are worker threads."""

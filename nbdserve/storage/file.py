@@ -14,7 +14,7 @@ from typing import Final, Self, TypeVar, TypeVarTuple
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.extents import RunArray
 from nbdserve.storage import aio, blocking
-from nbdserve.storage.base import ReadBuffer, Storage
+from nbdserve.storage.base import BlockingWrite, ReadBuffer, Storage
 from nbdserve.storage.direct import DirectFile
 from nbdserve.storage.inline import InlineWrites
 from nbdserve.storage.locks import lock_image
@@ -84,9 +84,14 @@ class FileStorage(Storage):
         self._in_memory = not self.is_device and file_system_type(fd) in _MEMORY_FILE_SYSTEMS
         self._direct = self._make_direct(flags) if cache in ("none", "directsync") else None
         self._read_fully = blocking.read_fully if self._direct is None else self._direct.read_fully
-        self._write_fully = blocking.write_fully if self._direct is None else self._direct.write_fully
+        self._write_fully: blocking.FullWrite
+        if self._direct is not None:
+            self._write_fully = self._direct.write_fully
+        else:
+            self._write_fully = blocking.write_fully if self.is_device else blocking.InTurn().write_fully
         self._write_each = aio.write_all if self._direct is None else aio.write_singly
         self.blocking_read = partial(self._read_fully, fd)
+        self.has_workers = not self.read_only
         self.grows_zeroed = not self.is_device
         self.size = 0
         self._measure()
@@ -288,6 +293,12 @@ class FileStorage(Storage):
     async def write_all(self, pieces: Sequence[tuple[int, ReadBuffer]]) -> None:
         try:
             await self._change(self._write_each, self._write_fully, self._fd, pieces)
+        finally:
+            self._measure()
+
+    async def work(self, fn: Callable[[BlockingWrite], T]) -> T:
+        try:
+            return await self._change(fn, partial(self._write_fully, self._fd))
         finally:
             self._measure()
 

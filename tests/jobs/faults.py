@@ -19,6 +19,7 @@ from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
 from nbdserve.errors import NbdserveError
 from nbdserve.formats.registry import driver_for
+from nbdserve.jobs import copy as copying
 from nbdserve.jobs.backup import Backup
 from nbdserve.jobs.commit import ActiveCommit, Commit
 from nbdserve.jobs.convert import ConvertJob
@@ -51,7 +52,7 @@ def content_of(*layers: str) -> str:
 
 CONTENT: Final = content_of(*LAYERS)
 READS: Final = ("read_fully", "read_all", "seek_map", "open_image_file")
-WRITES: Final = ("write_fully", "write_all", "write_and_sync", "_zero", "_discard", "_truncate", "extend_file")
+WRITES: Final = ("write_fully", "write_all", "write_and_sync", "_zero", "_discard", "_truncate", "extend_file", "move")
 SYNCS: Final = ("fdatasync", "sync_directory_of")
 
 
@@ -115,6 +116,8 @@ def _file(name: str, args: tuple[Any, ...]) -> str:
     """The path of the file that a call is for."""
     if name in ("open_image_file", "sync_directory_of"):
         return str(args[0])
+    if name == "move":  # what it writes with knows the file
+        args = args[0].args
     fd = next(argument for argument in args if isinstance(argument, int))
     return os.readlink(f"/proc/self/fd/{fd}")
 
@@ -157,6 +160,12 @@ async def _convert(bench: Bench) -> None:
         assert not list(bench.folder.glob(".*")), "what is not complete is removed"
         if path.exists():
             bench.kept.append(path)
+
+
+async def _convert_in_one_trip(bench: Bench) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(copying, "_TRUSTED", 0)
+        await _convert(bench)
 
 
 async def _snapshot(bench: Bench) -> None:
@@ -233,6 +242,7 @@ OPERATIONS: Final[dict[str, Operation]] = {
     ),
     "rebase": Operation(_job(lambda bench: Rebase("job", bench.node, None, None))),
     "convert": Operation(_convert),
+    "convert in one trip": Operation(_convert_in_one_trip),
     "snapshot": Operation(_snapshot),
     "internal snapshot": Operation(_internal, (CONTENT, f"{CONTENT[:7]}x{CONTENT[8:]}"), gives_up=True),
     "amend": Operation(_amend, gives_up=True),

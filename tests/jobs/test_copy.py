@@ -3,14 +3,23 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nbdserve.block.bulk import Ranges
+from nbdserve.block.create import create_files
+from nbdserve.block.graph import open_image
+from nbdserve.block.spec import ImageSpec
+from nbdserve.block.transfer import transfer
 from nbdserve.errors import RequestError
+from nbdserve.formats.registry import driver_for
+from nbdserve.jobs import copy as copying
 from nbdserve.jobs.copy import CHUNK, Copy, CopyOptions, unit_for
 from nbdserve.jobs.stretches import Stretch, What
+from nbdserve.units import KIB
+from tests.support.images import needs_qemu, run
 
 SIZE = 3 * CHUNK + 12345
 
@@ -201,3 +210,43 @@ async def test_the_pace() -> None:
 )
 def test_the_unit(granularity: int, sparse: int, unit: int) -> None:
     assert unit_for(granularity, sparse) == unit
+
+
+@needs_qemu
+@pytest.mark.parametrize("form", ["qcow2", "raw"])
+async def test_data_goes_in_one_trip_until_there_are_zeroes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    step = 64 * KIB
+    monkeypatch.setattr(copying, "CHUNK", 2 * step)
+    monkeypatch.setattr(copying, "_TRIP", 8 * step)
+    outcomes: list[bool] = []
+
+    async def counted(*arguments: Any) -> bool:
+        outcomes.append(await transfer(*arguments))
+        return outcomes[-1]
+
+    monkeypatch.setattr(copying, "transfer", counted)
+    # Requests of two steps are seen to be data; then larger ones are tried, until one holds zeroes.
+    full, mixed = 48, [1, 1, 0, 1] * 8
+    content = b"".join(
+        random.Random(n).randbytes(step) if data else bytes(step) for n, data in enumerate([1] * full + mixed)
+    )
+    (tmp_path / "source").write_bytes(content)
+    path = tmp_path / "target"
+    await create_files(driver_for(form), [str(path)], len(content), {})
+    source = await open_image(ImageSpec(str(tmp_path / "source"), "raw", read_only=True))
+    target = await open_image(ImageSpec(str(path), form, discard="unmap"))
+    done: list[int] = []
+    options = CopyOptions(requests=1, unit=step, zeroed=True, in_order=True, progress=done.append)
+    await Copy(source, target, options).run(given((0, len(content), What.DATA)))
+    *before, last = outcomes
+    assert len(before) >= 4
+    assert all(before)
+    assert not last
+    assert sum(done) == len(content)
+    await source.close()
+    await target.close()
+    run("qemu-img", "compare", "-f", "raw", "-F", form, str(tmp_path / "source"), str(path))
+    if form == "qcow2":
+        run("qemu-img", "check", "-q", "-f", form, str(path))

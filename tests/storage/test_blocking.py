@@ -12,6 +12,7 @@ import pytest
 from nbdserve.extents import DATA, ZERO
 from nbdserve.storage import blocking
 from nbdserve.storage.syscalls import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+from nbdserve.units import MIB
 
 PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
@@ -130,3 +131,18 @@ def test_a_full_disk_does_not_extend(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(blocking, "fallocate", full)
     with (tmp_path / "file").open("w+b") as file, pytest.raises(OSError, match="No space left"):
         blocking.extend_file(file.fileno(), 100)
+
+
+def test_long_writes_take_turns_and_short_ones_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = blocking.InTurn()
+    written: list[tuple[int, bool]] = []
+
+    def watched(fd: int, offset: int, data: bytes) -> None:
+        written.append((len(data), turns._turn.locked()))
+        if len(data) > 1:
+            turns.write_fully(fd, offset, b"s")
+
+    monkeypatch.setattr(blocking, "write_fully", watched)
+    turns.write_fully(0, 0, bytes(MIB))
+    turns.write_fully(0, 0, b"s")
+    assert written == [(MIB, True), (1, True), (1, False)]

@@ -37,6 +37,7 @@ class Qcow2Format(FormatDriver):
     amend_options: ClassVar[tuple[CreateOption, ...]] = _AMEND_OPTIONS
     backing_formats: ClassVar[tuple[str, ...] | None] = None
     has_snapshots: ClassVar[bool] = True
+    abandons_freely: ClassVar[bool] = True
     takes_data_file: ClassVar[bool] = True
     zeroes_with_rest: ClassVar[bool] = True
     preallocation_modes: ClassVar[tuple[str, ...]] = ("metadata", "falloc", "full")
