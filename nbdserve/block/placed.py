@@ -5,7 +5,7 @@ So a copy and a comparison look at what they have read while it is still in the 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -17,18 +17,40 @@ from nbdserve.storage.base import BlockingRead
 if TYPE_CHECKING:
     from nbdserve.block.node import Node
 
-Place: TypeAlias = tuple[BlockingRead, int, int]
+_Place: TypeAlias = tuple[BlockingRead, int, int]
 """How to read it, from which offset of the host, and how many bytes."""
 
 
+class PlacedReader:
+    """Reads what is at many places as if it were one behind the other."""
+
+    def __init__(self, places: Iterable[_Place]) -> None:
+        self._places = iter(places)
+        self._at: _Place = _read_zeroes, 0, 0
+
+    def fill(self, buffer: memoryview) -> None:
+        """Read on, as much as ``buffer`` takes, on a worker thread. OSError."""
+        read, host_offset, left = self._at
+        position, total = 0, len(buffer)
+        while position < total:
+            if not left:
+                read, host_offset, left = next(self._places)
+            length = min(left, total - position)
+            read(host_offset, buffer[position : position + length])
+            position += length
+            host_offset += length
+            left -= length
+        self._at = read, host_offset, left
+
+
 @asynccontextmanager
-async def placed(node: Node, ranges: Sequence[tuple[int, int]]) -> AsyncIterator[list[list[Place]] | None]:
-    """The places of every ``(offset, length)``, ascending and inside the disk, of which nobody changes any meanwhile.
+async def placed(node: Node, ranges: Sequence[tuple[int, int]]) -> AsyncIterator[PlacedReader | None]:
+    """Reads every ``(offset, length)``, ascending and inside the disk, none of which anybody changes meanwhile.
 
     None where that does not do, for compressed data for example, or at the moment: ``Node.read_all`` reads it.
     """
     if not ranges:
-        yield []
+        yield PlacedReader(())
         return
     async with node.gate:
         start, end = ranges[0][0], sum(ranges[-1])
@@ -38,15 +60,15 @@ async def placed(node: Node, ranges: Sequence[tuple[int, int]]) -> AsyncIterator
             yield None
             return
         try:
-            yield await _places(node, ranges)
+            places = await _places(node, ranges)
+            yield None if places is None else PlacedReader(places)
         finally:
             node.locks.release(lock)
 
 
-async def _places(node: Node, ranges: Sequence[tuple[int, int]]) -> list[list[Place]] | None:
-    found: list[list[Place]] = []
+async def _places(node: Node, ranges: Sequence[tuple[int, int]]) -> list[_Place] | None:
+    places: list[_Place] = []
     for offset, total in ranges:
-        places: list[Place] = []
         position = 0
         while position < total:
             kind, length, index, host_offset = resolve(node.layers, offset + position, total - position)
@@ -60,17 +82,8 @@ async def _places(node: Node, ranges: Sequence[tuple[int, int]]) -> list[list[Pl
                 return None
             places.append((read, host_offset, length))
             position += length
-        found.append(places)
-    return found
+    return places
 
 
 def _read_zeroes(offset: int, buffer: memoryview) -> None:
     fill_zeroes(buffer)
-
-
-def read_places(places: Sequence[Place], buffer: memoryview) -> None:
-    """Fill the start of ``buffer``, on a worker thread. OSError."""
-    position = 0
-    for read, host_offset, length in places:
-        read(host_offset, buffer[position : position + length])
-        position += length

@@ -6,13 +6,11 @@ before anybody has seen whether there is data to put into it.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from nbdserve.block.bulk import WritePlan
-from nbdserve.block.placed import Place, placed
+from nbdserve.block.placed import PlacedReader, placed
 from nbdserve.errors import naming
 from nbdserve.formats.base import RoomNeededError
 from nbdserve.storage.base import BlockingWrite
@@ -46,9 +44,9 @@ async def transfer(
     if not (aligned and target.writes_at_once and target.top.abandons_freely and target.data.has_workers):
         return False
     target.check_inside(ranges[0][0] + shift, sum(ranges[-1]) - ranges[0][0])
-    async with placed(source, ranges) as places:
+    async with placed(source, ranges) as reader:
         # Who waits here for the gate of the one keeps the gate of the other from being closed.
-        if places is None or target.gate.closed:
+        if reader is None or target.gate.closed:
             return False
         async with target.gate:
             try:
@@ -58,7 +56,7 @@ async def transfer(
                         plan.give_up()
                         return False
                 planned()
-                work = _Work((source.path, target.path), chain.from_iterable(places), plan, buffer, is_data)
+                work = _Work((source.path, target.path), reader, plan, buffer, is_data)
                 return await plan.carry_out(work.move)
             except RoomNeededError:
                 return False
@@ -70,10 +68,10 @@ class _Work:
     """What the worker thread does."""
 
     def __init__(
-        self, paths: tuple[str, str], places: Iterable[Place], plan: WritePlan, buffer: memoryview, is_data: IsData
+        self, paths: tuple[str, str], reader: PlacedReader, plan: WritePlan, buffer: memoryview, is_data: IsData
     ) -> None:
         self._source_path, self._target_path = paths
-        self._places = deque(places)
+        self._reader = reader
         self._ready, self._unread = plan.ready, plan.unread
         self._buffer = buffer
         self._is_data = is_data
@@ -84,7 +82,7 @@ class _Work:
             for start in range(0, len(guest), STEP):
                 data = self._buffer[: min(STEP, len(guest) - start)]
                 with naming(self._source_path):
-                    self._fill(data)
+                    self._reader.fill(data)
                 if not self._is_data(guest.start + start, data):
                     return False
                 with naming(self._target_path):
@@ -93,13 +91,3 @@ class _Work:
             for host_offset, around in self._ready:
                 write(host_offset, around)
         return True
-
-    def _fill(self, data: memoryview) -> None:
-        position = 0
-        while position < len(data):
-            read, host_offset, length = self._places.popleft()
-            count = min(length, len(data) - position)
-            read(host_offset, data[position : position + count])
-            if count < length:
-                self._places.appendleft((read, host_offset + count, length - count))
-            position += count

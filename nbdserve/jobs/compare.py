@@ -11,7 +11,7 @@ import numpy as np
 
 from nbdserve.block.cow import is_zero
 from nbdserve.block.node import Node
-from nbdserve.block.placed import Place, placed, read_places
+from nbdserve.block.placed import PlacedReader, placed
 from nbdserve.block.window import map_node
 from nbdserve.errors import naming
 from nbdserve.extents import COMPRESSED, UNALLOCATED, ZERO, Int64Array
@@ -21,11 +21,13 @@ from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.pool import worker_pool
 from nbdserve.units import KIB, MIB, SECTOR_SIZE
 
-_CHUNK: Final = 2 * MIB
-"""The most that is read of each disk at a time."""
+_CHUNK: Final = 16 * MIB
+"""The most that is compared with one trip to the worker threads."""
+_READ: Final = 2 * MIB
+"""The most that is read of each disk at a time where both are read before they are compared."""
 _MOST_PIECES: Final = 128
-_IN_FLIGHT: Final = 4
-"""Chunks compared at a time, each of two reads."""
+_IN_FLIGHT: Final = 3
+"""Chunks compared at a time."""
 _STEP: Final = 256 * KIB
 """Compared at a time: as much as stays in the processor's cache when both disks are read."""
 _LAST: Final = 16
@@ -119,7 +121,7 @@ class CompareJob(Job):
             end = min(left.offset + left.length, right.offset + right.length)
             data = tuple(number for number, part in enumerate((left, right)) if part.what == What.DATA)
             while start < end and data:
-                length = min(end - start, _STEP - start % _STEP)
+                length = min(end - start, _CHUNK - start % _CHUNK)
                 yield _Piece(start, length, data)
                 start += length
             if left.offset + left.length == end:
@@ -137,31 +139,36 @@ class CompareJob(Job):
             )
             async with one as here, other as there:
                 if here is not None and there is not None:
-                    return await worker_pool().run(self._first_mismatch, batch, (iter(here), iter(there)), buffers)
-            return await self._compare_read(batch)
+                    return await worker_pool().run(self._first_mismatch, batch, (here, there), buffers)
+            for part in _parts(batch):
+                if (found := await self._compare_read(part)) is not None:
+                    return found
+            return None
         finally:
             self._spare.append(buffers)
 
     def _first_mismatch(
-        self, batch: list[_Piece], places: tuple[Iterator[list[Place]], ...], buffers: tuple[bytearray, ...]
+        self, batch: list[_Piece], readers: tuple[PlacedReader, ...], buffers: tuple[bytearray, ...]
     ) -> int | None:
-        """Read and compare piece by piece, on a worker thread; each fits into the buffers."""
+        """Read and compare step by step, on a worker thread."""
         one, other = buffers
         whole = [memoryview(buffer) for buffer in buffers]
-        for offset, length, data in batch:
-            for number in data:
-                with naming(self._nodes[number].path):
-                    read_places(next(places[number]), whole[number])
-            if len(data) == 2 and length == _STEP and one == other:
-                continue  # one memcmp, a third of the time of what finds the place
-            found = _mismatch([whole[number][:length] for number in data])
-            if found is not None:
-                return offset + found
+        for offset, total, data in batch:
+            for start in range(0, total, _STEP):
+                length = min(_STEP, total - start)
+                for number in data:
+                    with naming(self._nodes[number].path):
+                        readers[number].fill(whole[number][:length])
+                if len(data) == 2 and length == _STEP and one == other:
+                    continue  # one memcmp, a third of the time of what finds the place
+                found = _mismatch([whole[number][:length] for number in data])
+                if found is not None:
+                    return offset + start + found
         return None
 
     async def _compare_read(self, batch: list[_Piece]) -> int | None:
         """``_compare`` of what cannot be read on a worker thread alone."""
-        buffers = [memoryview(bytearray(_CHUNK)) for _ in self._nodes]
+        buffers = [memoryview(bytearray(_READ)) for _ in self._nodes]
         views: list[list[memoryview]] = []
         wanted: tuple[list[tuple[int, memoryview]], ...] = tuple([] for _ in self._nodes)
         position = 0
@@ -179,6 +186,24 @@ class CompareJob(Job):
             if found is not None:
                 return piece.offset + found
         return None
+
+
+def _parts(batch: list[_Piece]) -> Iterator[list[_Piece]]:
+    """The batch in parts that fit into a buffer."""
+    part: list[_Piece] = []
+    room = _READ
+    for offset, total, data in batch:
+        start = 0
+        while start < total:
+            length = min(room, total - start)
+            part.append(_Piece(offset + start, length, data))
+            start += length
+            room -= length
+            if not room:
+                yield part
+                part, room = [], _READ
+    if part:
+        yield part
 
 
 def _mismatch(read: Sequence[memoryview]) -> int | None:
