@@ -26,7 +26,7 @@ class Beside:
         """Where a symbolic link leads: that file is replaced, and not the link."""
         self._name = os.path.basename(self.target)  # noqa: PTH119 - a name, not a path to walk
         self._directory: str | None = None
-        self._old: FileStorage | None = None
+        self._old: list[FileStorage] = []
 
     @property
     def path(self) -> str:
@@ -37,14 +37,23 @@ class Beside:
     @property
     def replaces(self) -> bool:
         """There is a file under this name already."""
-        return self._old is not None
+        return any(old.path == self.target for old in self._old)
 
-    async def open(self) -> None:
-        """Make the directory; a file that is there already is locked, so that none is replaced that is in use."""
-        if await asyncio.to_thread(os.path.lexists, self.target):
-            self._old = await FileStorage.open(self.target)
+    async def open(self, companions: Sequence[str] = ()) -> None:
+        """Make the directory; what is there already is locked, so that nothing is replaced that is in use.
+
+        ``companions`` are the other files that ``publish`` will name. OSError names the file to make.
+        """
+        beside = os.path.dirname(self.target)  # noqa: PTH120 - as the names are put together
         try:
-            self._directory = tempfile.mkdtemp(prefix=f".{self._name[:100]}.", dir=Path(self.target).parent)
+            for path in (self.target, *(os.path.join(beside, name) for name in companions)):  # noqa: PTH118
+                if await asyncio.to_thread(os.path.lexists, path):
+                    self._old.append(await FileStorage.open(path))
+            try:
+                self._directory = tempfile.mkdtemp(prefix=".nbdserve.", dir=beside)
+            except OSError as error:
+                error.filename = self.target
+                raise
         except BaseException:
             await self.close()
             raise
@@ -70,9 +79,8 @@ class Beside:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
-        if self._old is not None:
-            await self._old.close()
-            self._old = None
+        while self._old:
+            await self._old.pop().close()
 
 
 def _rename(directory: str, name: str, to: str) -> str:

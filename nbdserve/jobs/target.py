@@ -66,6 +66,8 @@ class TargetImage:
         image = self._image
         driver, options = image.driver, dict(image.options)
         driver.validate_create(image.size, options)
+        if image.base is not None:
+            _refuse_same(image.path, image.base.path)
         if image.secret is None and driver.encrypts(options):
             raise ConfigError(
                 f"{image.path}: an encrypted image needs a secret: give --secret-file, --secret-env or --object"
@@ -76,7 +78,7 @@ class TargetImage:
             for name in self._companions:
                 check_companion(image.path, name)
             self._beside = Beside(image.path)
-            await self._beside.open()
+            await self._beside.open(self._companions)
             self._files.push_async_callback(self._beside.close)
             place = self._beside.path
             if self._beside.replaces and self._cache == "unsafe":
@@ -96,7 +98,7 @@ class TargetImage:
             await make()
             return
         assert image.base.format is not None
-        storage = await FileStorage.open(image.base.path, read_only=True, force_share=True)
+        storage = await FileStorage.open(image.base.path, read_only=True, force_share=image.base.force_share)
         backing = await open_alone(storage, image.base.format, image_roots(image.base.path, image.roots))
         try:
             await make(backing=backing)
@@ -117,7 +119,7 @@ class TargetImage:
             image.driver.name,
             cache=self._cache,
             discard="unmap",
-            backing=image.base and replace(image.base, read_only=True, force_share=True),
+            backing=image.base and replace(image.base, read_only=True),
             secret=image.secret,
         )
         below = [] if image.base is None else [Path(image.base.path).parent]
@@ -142,6 +144,12 @@ class TargetImage:
                 await self._beside.close()
 
 
+def _refuse_same(path: str, base: str) -> None:
+    """ConfigError where an image would replace its own backing file."""
+    if os.path.realpath(path) == os.path.realpath(base):
+        raise ConfigError(f"{path}: the image and its backing file are the same file")
+
+
 def _is_special(path: str) -> bool:
     """A device is written in place."""
-    return os.path.lexists(path) and not stat.S_ISREG(Path(path).stat().st_mode)
+    return Path(path).exists() and not stat.S_ISREG(Path(path).stat().st_mode)

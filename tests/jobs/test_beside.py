@@ -50,13 +50,33 @@ async def test_what_is_not_published_is_removed(tmp_path: Path) -> None:
     assert (os.listdir(tmp_path), (tmp_path / "image").read_text()) == (["image"], "old")
 
 
-async def test_a_file_in_use_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "image").write_text("old")
-    user = await FileStorage.open(str(tmp_path / "image"), read_only=True)
+@pytest.mark.parametrize("name", ["image", "part"])
+async def test_a_file_in_use_is_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("old")
+    user = await FileStorage.open(str(tmp_path / name), read_only=True)
     with pytest.raises(ImageError, match="in use"):
-        await Beside(str(tmp_path / "image")).open()
+        await Beside(str(tmp_path / "image")).open(["part"])
     await user.close()
-    assert os.listdir(tmp_path) == ["image"]
+    assert os.listdir(tmp_path) == [name]
+    beside = Beside(str(tmp_path / "image"))
+    await beside.open(["part"])  # nothing of the failed one is locked
+    assert beside.replaces is (name == "image")
+    await beside.close()
+
+
+async def test_a_name_of_the_greatest_length(tmp_path: Path) -> None:
+    beside = Beside(str(tmp_path / ("\u65e5" * 85)))
+    await beside.open()
+    Path(beside.path).write_text("new")
+    await beside.publish(sync=False)
+    await beside.close()
+    assert os.listdir(tmp_path) == ["\u65e5" * 85]
+
+
+async def test_no_directory_to_make_it_in(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as failure:
+        await Beside(str(tmp_path / "none" / "image")).open()
+    assert failure.value.filename == str(tmp_path / "none" / "image")
 
 
 async def test_the_mode_is_kept(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.errors import ConfigError
+from nbdserve.block.spec import ImageSpec
+from nbdserve.errors import ConfigError, NbdserveError
 from nbdserve.formats.registry import driver_for
 from nbdserve.jobs.target import NewImage, TargetImage
 
@@ -59,3 +60,37 @@ async def test_a_directory_is_not_written(tmp_path: Path) -> None:
         async with TargetImage(image(tmp_path, "raw")):
             pass
     assert os.listdir(tmp_path) == []
+
+
+async def test_a_link_that_leads_to_no_file_yet(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("new")
+    async with TargetImage(image(tmp_path / "link", "raw")) as target:
+        await target.publish()
+    assert sorted(os.listdir(tmp_path)) == ["link", "new"]
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "problem"),
+    [
+        ("middle", {}, "the image and its backing file are the same file"),
+        ("base", {}, "is in use"),
+        ("new", {"data_file": "middle"}, "is in use"),
+        ("new", {"data_file": "base"}, "is in use"),
+    ],
+)
+async def test_its_own_base_is_not_replaced(tmp_path: Path, name: str, options: dict[str, str], problem: str) -> None:
+    (tmp_path / "base").write_bytes(b"base" * 128)
+    async with TargetImage(image(tmp_path / "base", "raw")) as target:
+        await target.publish()
+    below = {"backing_file": "base", "backing_fmt": "raw"}
+    base = ImageSpec(str(tmp_path / "base"), "raw")
+    async with TargetImage(image(tmp_path / "middle", options=below, base=base)) as target:
+        await target.publish()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    below = {"backing_file": "middle", "backing_fmt": "qcow2"}
+    base = ImageSpec(str(tmp_path / "middle"), "qcow2")
+    with pytest.raises(NbdserveError, match=problem):
+        async with TargetImage(image(tmp_path / name, options=below | options, base=base)):
+            pass
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

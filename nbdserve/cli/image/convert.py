@@ -276,7 +276,7 @@ async def _common_base(request: _Request, node: Node) -> tuple[ImageSpec, Common
             form = layer.name
     if form is None:
         raise ConfigError(f"{request.base}: Use of backing file requires explicit backing format (-F)")
-    spec = ImageSpec(path, form, read_only=True, force_share=True)
+    spec = ImageSpec(path, form, read_only=True, force_share=request.sources[0].force_share)
     base = await open_image(spec, image_roots(path, request.roots))
     try:
         return spec, CommonBase(above, base.size)

@@ -479,3 +479,12 @@ def exported(path: Path, form: str, socket: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+def test_the_source_does_not_become_the_data_file_of_the_copy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = marked(tmp_path / "source", "qcow2")
+    before = source.read_bytes()
+    ran = image(monkeypatch, "convert", "-O", "qcow2", "-o", "data_file=source", source, tmp_path / "copy")
+    assert (ran.code, "is in use" in ran.err) == (1, True)
+    assert source.read_bytes() == before
+    assert os.listdir(tmp_path) == ["source"]
