@@ -17,7 +17,7 @@ SECTOR_SIZE: Final = 512
 """The unit image headers count in, and the largest write a disk is trusted not to tear."""
 
 _SUFFIXES: Final = {"": 1, "b": 1, "k": KIB, "m": MIB, "g": GIB, "t": TIB, "p": 1 << 50, "e": 1 << 60}
-_SIZE: Final = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<suffix>[bkmgtpe]?)(?:ib)?", re.IGNORECASE)
+_SIZE: Final = re.compile(r"(?P<number>\d{1,40}(?:\.\d{1,40})?)(?P<suffix>[bkmgtpe]?)(?:ib)?", re.IGNORECASE)
 
 
 def align_down(value: int, alignment: int) -> int:

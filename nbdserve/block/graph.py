@@ -120,9 +120,16 @@ async def open_storage(spec: ImageSpec, *, read_only: bool) -> FileStorage | Nbd
 def image_roots(path: str, more: Sequence[Path] = ()) -> ImageRoots:
     """Where the files lie that the headers of the image ``path`` may name: beside it and below, or below ``more``.
 
-    Beside an image on an NBD server is nothing.
+    Beside an image on an NBD server is nothing. ImageError where there is no directory of the image.
     """
-    return ImageRoots([*([] if is_nbd(path) else [Path(path).absolute().parent]), *more])
+    if is_nbd(path):
+        return ImageRoots(more)
+    directory = Path(path).absolute().parent
+    try:
+        directory.stat()
+    except OSError as error:
+        raise ImageError(path, f"cannot be opened: {error.strerror}") from error
+    return ImageRoots([directory, *more])
 
 
 def _refuse_idle_secret(spec: ImageSpec, layers: list[FormatDriver]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -12,17 +13,32 @@ from nbdserve.errors import NbdserveError
 
 def guarded(program: str, run: Callable[[], int]) -> int:
     """The exit code of ``run``; an error raised on purpose, or by the kernel, is printed and gives 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files are any bytes
     try:
-        return run()
-    except BrokenPipeError:
-        # The reader of our output is gone (``| head``); the flush at exit must not fail for the same reason.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = run()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader of our output is gone (``| head``)
+        _drop_output()
         return 1
     except (NbdserveError, OSError) as error:
+        if _drop_output() and isinstance(error, OSError) and error.filename is None:
+            error.filename = "standard output"
         complain(program, error)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _drop_output() -> bool:
+    """Whether standard output does not take what is left; the flush at exit must not fail for the same reason."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def complain(program: str, error: BaseException) -> None:

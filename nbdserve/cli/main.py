@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Final
 
@@ -14,7 +13,6 @@ PROGRAM: Final = "nbdserve"
 
 def main() -> None:
     """Exit code 0, 1 for an error, 2 for a command line that cannot be understood."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy would start a thread per processor, for algebra
     sys.exit(guarded(PROGRAM, run))
 
 

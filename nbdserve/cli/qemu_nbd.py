@@ -260,8 +260,8 @@ def _choice(arguments: Arguments, option: str, default: str, choices: tuple[str,
 
 def _number(arguments: Arguments, option: str, default: int) -> int:
     text = arguments.get(option, str(default))
-    if not (text.isascii() and text.isdigit()):
-        raise ConfigError(f"--{option}={text}: give a number, 0 or more")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ConfigError(f"--{option}={text}: give a number, 0 or more, below 10^9")
     return int(text)
 
 

@@ -90,6 +90,8 @@ def _properties(text: str) -> dict[str, str]:
             tree = json.loads(text)
         except ValueError as error:
             raise ConfigError(f"not valid JSON: {error}") from None
+        except RecursionError:
+            raise ConfigError("nested too deeply") from None
         if not isinstance(tree, dict):
             raise ConfigError("the JSON value is no object")
         return {str(key): str(value) for key, value in tree.items()}

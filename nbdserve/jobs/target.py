@@ -15,7 +15,7 @@ from nbdserve.block.create import create_files
 from nbdserve.block.graph import image_roots, open_alone, open_image
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, naming
 from nbdserve.formats.base import FormatDriver
 from nbdserve.jobs.beside import Beside, check_companion
 from nbdserve.storage.file import FileStorage
@@ -47,20 +47,28 @@ class TargetImage:
         self._beside: Beside | None = None
         self._companions: Sequence[str] = ()
         self._cache = image.cache
+        self._place: str | None = None
         self.node: Node
 
     async def __aenter__(self) -> TargetImage:
         try:
             await self._open()
-        except BaseException:
-            await self._files.aclose()
+        except BaseException as error:
+            await self._abort(error)
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._files.aclose()
+        await self._abort(error)
+
+    async def _abort(self, error: BaseException | None) -> None:
+        """Remove it. The kernel's errors name the image as the user does, and not the place where it was made."""
+        if isinstance(error, OSError) and self._place is not None and error.filename == self._place:
+            error.filename = self._image.path
+        with naming(self._image.path):
+            await self._files.aclose()
 
     async def _open(self) -> None:
         image = self._image
@@ -80,7 +88,7 @@ class TargetImage:
             self._beside = Beside(image.path)
             await self._beside.open(self._companions)
             self._files.push_async_callback(self._beside.close)
-            place = self._beside.path
+            place = self._place = self._beside.path
             if self._beside.replaces and self._cache == "unsafe":
                 self._cache = "writeback"
         paths = [place, *(str(Path(place).parent / name) for name in self._companions)]
@@ -136,9 +144,10 @@ class TargetImage:
         """Close the image, with everything in it that was written, and give it its name."""
         self._files.pop_all()
         try:
-            await self.node.close()
-            if self._beside is not None:
-                await self._beside.publish(self._companions, sync=self._cache != "unsafe")
+            with naming(self._image.path):
+                await self.node.close()
+                if self._beside is not None:
+                    await self._beside.publish(self._companions, sync=self._cache != "unsafe")
         finally:
             if self._beside is not None:
                 await self._beside.close()

@@ -103,7 +103,7 @@ def unix_address(path: str) -> UnixAddress:
 
 def parse_port(text: str) -> int:
     """A port number; ConfigError names the text."""
-    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535):
         raise ConfigError(f"port {text!r}: give a number from 0 to 65535")
     return int(text)
 

@@ -429,3 +429,9 @@ async def test_a_file_in_use_elsewhere_is_refused_unless_shared(tmp_path: Path) 
     shared = await open_image(_spec(path, "raw", read_only=True, force_share=True))
     await shared.close()
     await node.close()
+
+
+async def test_an_image_in_no_directory_is_named(tmp_path: Path) -> None:
+    path = str(tmp_path / "none" / "image")
+    with pytest.raises(ImageError, match=f"^{path}: cannot be opened: No such file or directory"):
+        await open_image(ImageSpec(path))

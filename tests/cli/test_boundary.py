@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from typing import NoReturn
 
 import pytest
@@ -36,3 +38,20 @@ def test_success_and_mistakes_of_ours() -> None:
     assert guarded("p", lambda: 0) == 0
     with pytest.raises(ZeroDivisionError):
         guarded("p", lambda: 1 // 0)
+
+
+def test_output_that_is_not_taken() -> None:
+    """Nothing is left for the flush at exit, which would fail in Python's own words."""
+    code = "import sys; from nbdserve.cli.boundary import guarded; sys.exit(guarded('p', lambda: print('told') or 0))"
+    command = ["env", "-u", "PYTHONUNBUFFERED", sys.executable, "-c", code]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (1, "p: standard output: No space left on device\n")
+
+
+def test_names_of_files_are_any_bytes() -> None:
+    code = "import os, sys; from nbdserve.cli.boundary import guarded; "
+    code += "sys.exit(guarded('p', lambda: print(os.fsdecode(b'n\\xff')) or 0))"
+    command = ["env", "PYTHONIOENCODING=utf-8:strict", sys.executable, "-c", code]
+    ran = subprocess.run(command, capture_output=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"n\xff\n", b"")

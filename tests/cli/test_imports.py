@@ -67,3 +67,11 @@ def test_a_command_imports_no_more_than_it_needs(
     assert not modules & without
     own = sorted(name for name in modules if name.split(".")[0] == "nbdserve")
     assert len(own) <= most, own
+
+
+@pytest.mark.parametrize("module", ["main", "qemu_nbd"])
+def test_algebra_gets_no_threads(module: str) -> None:
+    """A process that has threads already must not fork."""
+    code = f"import os, nbdserve.cli.{module}, numpy; print(len(os.listdir('/proc/self/task')))"
+    command = ["env", "-u", "OPENBLAS_NUM_THREADS", sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "1\n"

@@ -98,6 +98,7 @@ def test_image_trees() -> None:
         (["--detect-zeroes=x", "a"], "--detect-zeroes=x"),
         (["--detect-zeroes=unmap", "a"], "--discard=unmap"),
         (["-n", "--cache=none", "a"], "only once"),
+        pytest.param(["-e", "9" * 5000, "a"], "--shared=9", id="digits"),
         (["-l", "snapshot.id=1,snapshot.name=a", "a"], "either"),
         (["-f", "raw", "--image-opts", "driver=raw,file.filename=a"], "--image-opts"),
         (["--image-opts", "driver=raw,file.filename=a,bogus=1"], "'bogus'"),

@@ -104,6 +104,7 @@ def test_objects_as_qemu_writes_them(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("secret,id=s,id=t,file=KEY", "twice"),
         ("secret,id", "no property=value"),
         ("{", "JSON"),
+        pytest.param('{"a":' + "[" * 100_000, "nested too deeply", id="nested"),
         ('{"id": "s"}', "not supported"),
         ("tls-creds-x509,id=t,dir=/x", "TLS is not supported"),
         ("iothread,id=t", "'iothread'"),

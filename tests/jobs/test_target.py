@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -94,3 +95,10 @@ async def test_its_own_base_is_not_replaced(tmp_path: Path, name: str, options: 
         async with TargetImage(image(tmp_path / name, options=below | options, base=base)):
             pass
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+async def test_errors_name_the_image_and_not_where_it_is_made(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as failure:
+        async with TargetImage(image(tmp_path / "new", "raw")) as target:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), target.node.path)
+    assert failure.value.filename == str(tmp_path / "new")

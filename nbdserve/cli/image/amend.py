@@ -15,6 +15,7 @@ from nbdserve.cli.image.common import (
     SecretEnvOption,
     SecretFileOption,
     open_layer,
+    parsed_size,
     roots_for,
 )
 from nbdserve.cli.image.create import parse_option_list
@@ -22,7 +23,7 @@ from nbdserve.cli.image.resize import resize_image
 from nbdserve.cli.usage import UsageError
 from nbdserve.config.image_opts import image_from_filename
 from nbdserve.config.secrets import chosen_secret
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, naming
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.registry import driver_for
 from nbdserve.storage.roots import ImageRoots
@@ -52,7 +53,7 @@ def amend(
     spec = image_from_filename(
         file, ImageSpec(file, format_name, discard="unmap", secret=chosen_secret(secret_file, secret_env))
     )
-    asyncio.run(_amend(spec, chosen, roots_for(file, image_root)))
+    asyncio.run(_amend(spec, chosen, roots_for(spec.path, image_root)))
     return 0
 
 
@@ -67,15 +68,23 @@ def _help(driver: type[FormatDriver]) -> str:
 
 async def _amend(spec: ImageSpec, options: dict[str, str], roots: ImageRoots) -> None:
     size = options.pop("size", None)
-    if size is not None and options.get("compat") in ("0.10", "v2"):  # which may not be able to afterwards
+    if size is not None:
+        parsed_size(size, "image size")
+    # Version 2 with snapshots has one size for good.
+    downgrade = size is not None and options.get("compat") in ("0.10", "v2")
+    await _amend_layer(spec, {} if downgrade else options, roots)
+    if size is not None:
         await resize_image(spec, roots, size, shrink=True)
-        size = None
+    if downgrade:
+        await _amend_layer(spec, options, roots)
+
+
+async def _amend_layer(spec: ImageSpec, options: dict[str, str], roots: ImageRoots) -> None:
     layer = await open_layer(spec.path, spec.format, roots, writable=True)
     try:
         if not layer.can("amend"):
             raise ConfigError(f"Format driver '{layer.name}' does not support option amendment")
-        await layer.amend(options)
+        with naming(spec.path):
+            await layer.amend(options)
     finally:
         await layer.close()
-    if size is not None:
-        await resize_image(spec, roots, size, shrink=True)

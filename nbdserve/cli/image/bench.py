@@ -29,7 +29,7 @@ from nbdserve.cli.image.common import (
 from nbdserve.cli.usage import UsageError
 from nbdserve.config.image_opts import image_from_filename, image_from_opts
 from nbdserve.config.secrets import secrets_of_objects
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, naming
 
 _MOST: Final = (1 << 31) - 1
 
@@ -112,7 +112,8 @@ async def _bench(spec: ImageSpec, roots: Sequence[Path], asked: _Bench, *, quiet
             if asked.flush_interval:
                 print(f"Sending flush every {asked.flush_interval} requests")
         began = time.perf_counter()
-        await _Run(node, asked).run()
+        with naming(node.path):
+            await _Run(node, asked).run()
         if not quiet:
             print(f"Run completed in {time.perf_counter() - began:3.3f} seconds.")
     finally:

@@ -15,6 +15,7 @@ from nbdserve.cli.image.common import (
     FormatOption,
     RootsOption,
     open_layer,
+    path_of,
     roots_for,
 )
 from nbdserve.cli.output import Output, OutputOption, print_json
@@ -50,7 +51,7 @@ def check(
 
     Exit code: 0 yes, 1 the check failed, 2 corruption found, 3 only leaked clusters found, 63 the format has no check.
     """
-    roots = roots_for(file, image_root)
+    roots = roots_for(path_of(file), image_root)
     return asyncio.run(_check(file, format_name, repair, output, roots, quiet=quiet, force_share=force_share))
 
 

@@ -28,7 +28,7 @@ from nbdserve.cli.image.common import (
 from nbdserve.cli.image.percent import run_shown
 from nbdserve.config.image_opts import image_from_filename
 from nbdserve.config.secrets import chosen_secret
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, naming
 from nbdserve.jobs.commit import ActiveCommit
 from nbdserve.storage.roots import ImageRoots
 
@@ -76,11 +76,14 @@ async def _commit(
             raise ConfigError("Image does not have a backing file")
         index = 1 if base is None else _find(node, base)
         job = ActiveCommit("commit", node, index, auto_complete=True, pivot=False, speed=speed)
-        await run_shown(job, progress=progress)
-        if not drop and node.top.can("make_empty"):
-            await node.top.make_empty()
+        with naming(node.layers[index].path):
+            await run_shown(job, progress=progress)
+        with naming(node.path):
+            if not drop and node.top.can("make_empty"):
+                await node.top.make_empty()
     finally:
-        await node.close()
+        with naming(node.path):
+            await node.close()
 
 
 def _find(node: Node, base: str) -> int:
@@ -89,7 +92,7 @@ def _find(node: Node, base: str) -> int:
         above = node.layers[index - 1]
         if above.backing is not None and above.backing.name == base:
             return index
-        if Path(base).exists() and Path(layer.path).samefile(base):
+        if Path(base).exists() and Path(layer.path).exists() and Path(layer.path).samefile(base):
             return index
         if Path(layer.path) == Path(full_name(node.path, base)):
             return index

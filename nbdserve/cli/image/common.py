@@ -94,6 +94,11 @@ def roots_for(path: str, given: list[Path] | None) -> ImageRoots:
     return image_roots(path, given or [])
 
 
+def path_of(file: str) -> str:
+    """Where the image is that the command line calls ``file``."""
+    return image_from_filename(file, ImageSpec(file)).path
+
+
 async def open_layer(
     path: str,
     format_name: str | None,

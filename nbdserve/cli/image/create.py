@@ -13,7 +13,7 @@ from nbdserve.block.create import create_files
 from nbdserve.cli.image.common import QuietOption, SecretEnvOption, SecretFileOption, full_name, open_layer, parsed_size
 from nbdserve.cli.usage import UsageError
 from nbdserve.config.secrets import chosen_secret, named_secret, secrets_of_objects
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, naming
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.registry import driver_for
 from nbdserve.units import SECTOR_SIZE, align_up
@@ -173,7 +173,8 @@ async def _make(
     if not quiet:
         shown = " ".join(f"{name}={value}" for name, value in options.items())
         print(f"Formatting '{file}', fmt={driver.name} size={size} {shown}".rstrip())
-    await create_files(driver, paths, size, options, backing=backing, secret=secret)
+    with naming(file):
+        await create_files(driver, paths, size, options, backing=backing, secret=secret)
 
 
 def _size(file: str, wanted: str | None, backing_size: int | None) -> int:

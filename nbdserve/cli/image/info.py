@@ -22,6 +22,7 @@ from nbdserve.cli.image.common import (
     full_name,
     open_layer,
     open_layer_on,
+    path_of,
     roots_for,
 )
 from nbdserve.cli.output import Output, OutputOption, print_json
@@ -82,11 +83,11 @@ def info(
 async def _collect(
     file: str, format_name: str | None, backing_chain: bool, force_share: bool, image_root: list[Path] | None
 ) -> list[Layer]:
-    roots = roots_for(file, image_root)
+    path = path_of(file)
+    roots = roots_for(path, image_root)
     layers: list[Layer] = []
     seen: set[object] = set()
     driver = await open_layer(file, format_name, roots, force_share=force_share)
-    path = file
     while True:
         identity = getattr(driver.storage, "identity", None)
         if identity in seen:

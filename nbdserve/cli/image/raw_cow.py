@@ -16,8 +16,9 @@ from nbdserve.errors import ConfigError, ImageError
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.formats.raw_cow.driver import RawCowDriver
 from nbdserve.formats.raw_cow.exchange import export_to_qcow2, import_from_qcow2
+from nbdserve.jobs.beside import Beside
 from nbdserve.storage.base import Storage
-from nbdserve.storage.file import FileStorage, sync_parent
+from nbdserve.storage.file import FileStorage
 
 app = typer.Typer(
     name="raw-cow",
@@ -142,19 +143,18 @@ async def _open_qcow2(file: str, image_root: list[Path] | None) -> AsyncIterator
 
 async def _make(target: str, write: Callable[[Storage], Awaitable[None]]) -> None:
     """Have ``write`` fill a new file, which gets the name ``target`` when it is complete and stable."""
-    unfinished = f"{target}.part"
-    storage = await FileStorage.open(unfinished, create=True)
+    beside = Beside(target)
+    await beside.open()
     try:
+        storage = await FileStorage.open(beside.path, create=True)
         try:
             await write(storage)
             await storage.flush()
         finally:
             await storage.close()
-        os.rename(unfinished, target)  # noqa: PTH104 - a name, not a path to walk
-    except BaseException:
-        os.unlink(unfinished)  # noqa: PTH108
-        raise
-    await sync_parent(target)
+        await beside.publish(sync=True)
+    finally:
+        await beside.close()
 
 
 def renamed(name: str, named_by: str, target: str) -> str:

@@ -23,7 +23,7 @@ from nbdserve.cli.image.common import (
 )
 from nbdserve.config.image_opts import image_from_filename
 from nbdserve.config.secrets import chosen_secret
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, naming
 from nbdserve.storage.roots import ImageRoots
 
 PREALLOCATION: Final = ("off", "metadata", "falloc", "full")
@@ -88,17 +88,19 @@ async def resize_image(
             raise ConfigError(
                 f"{spec.path}: Use the --shrink option to perform a shrink operation, from {old} to {size} bytes"
             )
-        await node.resize(size)
-        if preallocation != "off":
-            await _preallocate(node, old, preallocation)
+        with naming(spec.path):
+            await node.resize(size)
+            if preallocation != "off":
+                await _preallocate(node, old, preallocation)
     finally:
-        await node.close()
+        with naming(spec.path):
+            await node.close()
 
 
 async def _preallocate(node: Node, old: int, mode: str) -> None:
     """All of the new space, or the old size again."""
     try:
         await node.top.preallocate(old, node.size, mode)
-    except OSError:
+    except BaseException:
         await node.resize(old)
         raise

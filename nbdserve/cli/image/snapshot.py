@@ -7,10 +7,18 @@ from typing import Annotated
 
 import typer
 
-from nbdserve.cli.image.common import FileArgument, ForceShareOption, FormatOption, RootsOption, open_layer, roots_for
+from nbdserve.cli.image.common import (
+    FileArgument,
+    ForceShareOption,
+    FormatOption,
+    RootsOption,
+    open_layer,
+    path_of,
+    roots_for,
+)
 from nbdserve.cli.image.info import snapshot_lines
 from nbdserve.cli.usage import UsageError
-from nbdserve.errors import ConfigError, ImageError, RequestError
+from nbdserve.errors import ConfigError, ImageError, RequestError, naming
 from nbdserve.formats.base import FormatDriver
 from nbdserve.storage.roots import ImageRoots
 
@@ -43,7 +51,9 @@ def snapshot(
     verb, name = chosen[0] if chosen else ("list", "")
     if verb != "list" and force_share:
         raise UsageError(f"-U goes with -l alone: an image that is in use cannot be changed ({file})")
-    asyncio.run(_snapshot(file, format_name, verb, name or "", roots_for(file, image_root), force_share=force_share))
+    asyncio.run(
+        _snapshot(file, format_name, verb, name or "", roots_for(path_of(file), image_root), force_share=force_share)
+    )
     return 0
 
 
@@ -65,14 +75,15 @@ async def _change(driver: FormatDriver, verb: str, name: str) -> None:
     try:
         if not driver.can("create_snapshot"):
             raise ConfigError(f"{driver.path}: {driver.name} images have no internal snapshots")
-        if verb == "create":
-            await driver.create_snapshot(name, icount=0)
-        elif verb == "apply":
-            await driver.apply_snapshot(name)
-        else:
-            found = next((each.id for each in driver.info().snapshots if each.name == name), None)
-            if found is None:
-                raise ConfigError(f"{driver.path}: snapshot not found")
-            await driver.delete_snapshot(found)
+        with naming(driver.path):
+            if verb == "create":
+                await driver.create_snapshot(name, icount=0)
+            elif verb == "apply":
+                await driver.apply_snapshot(name)
+            else:
+                found = next((each.id for each in driver.info().snapshots if each.name == name), None)
+                if found is None:
+                    raise ConfigError(f"{driver.path}: snapshot not found")
+                await driver.delete_snapshot(found)
     except (ConfigError, ImageError, RequestError) as error:
         raise ConfigError(f"Could not {verb} snapshot '{name}': {error}") from error

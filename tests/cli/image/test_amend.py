@@ -49,3 +49,14 @@ def test_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments in (["-o", "help"], ["-o", "size=1M", tmp_path / "raw"]):
         ran = image(monkeypatch, "amend", "-f", "raw", *arguments)
         assert (ran.code, "does not support option amendment" in ran.err) == (1, True)
+
+
+def test_what_is_refused_for_its_size_is_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for form in ("qcow2", "vdi"):
+        assert qemu_img("create", "-f", form, tmp_path / form, "1M").code == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    ran = image(monkeypatch, "amend", "-o", "lazy_refcounts=on,size=big", tmp_path / "qcow2")
+    assert (ran.code, "invalid size 'big'" in ran.err) == (1, True)
+    ran = image(monkeypatch, "amend", "-o", "compat=0.10,size=2M", tmp_path / "vdi")
+    assert (ran.code, "'vdi' does not support option amendment" in ran.err) == (1, True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from nbdserve.cli.image.commit import _find
+from nbdserve.errors import ConfigError
 from tests.cli.image.helpers import Ran, image, interrupted, marked, qemu_img
 from tests.support import images
 from tests.support.images import needs_qemu
@@ -132,3 +136,11 @@ def test_interrupted(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["base", "before", "top"]
     images.run("qemu-img", "compare", before, top)
     images.run("qemu-img", "check", "-q", top)
+
+
+def test_a_layer_that_is_no_file_is_not_the_one_meant(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    layers = [SimpleNamespace(path="top", backing=None), SimpleNamespace(path="nbd://host/disk", backing=None)]
+    node: Any = SimpleNamespace(path="top", layers=layers)
+    with pytest.raises(ConfigError, match="Did not find"):
+        _find(node, str(tmp_path / "file"))

@@ -1,10 +1,12 @@
+import json
 from pathlib import Path
 
 import pytest
 
-from nbdserve.cli.image.common import check_cache, full_name, open_layer, parsed_size
+from nbdserve.cli.image.common import check_cache, full_name, open_layer, parsed_size, path_of
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.storage.file import FileStorage
+from tests.cli.image.helpers import image, qemu_img
 
 
 @pytest.mark.parametrize(
@@ -46,3 +48,12 @@ def test_sizes() -> None:
     for text in ("8", "10"):
         with pytest.raises(ConfigError, match=r"Invalid offset specified\. Must be between 9 and 9\."):
             parsed_size(text, "offset", 9, 9)
+
+
+@pytest.mark.parametrize("command", [["info"], ["check"], ["map"], ["amend", "-o", "lazy_refcounts=on"], ["snapshot"]])
+def test_an_image_may_be_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    assert qemu_img("create", "-f", "qcow2", tmp_path / "image", "1M").code == 0
+    text = json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": str(tmp_path / "image")}})
+    assert path_of(f"json:{text}") == str(tmp_path / "image")
+    ran = image(monkeypatch, *command, f"json:{text}")
+    assert (ran.code, ran.err) == (0, "")

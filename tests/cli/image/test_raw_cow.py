@@ -59,7 +59,7 @@ def test_there_and_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good(image(monkeypatch, "raw-cow", "export", "-q", "my_vm.raw-cow", "again.qcow2"))
     assert good(qemu_img("compare", "my_vm.qcow2", "again.qcow2")).out == "Images are identical.\n"
     assert good(qemu_img("check", "again.qcow2"))
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.glob(".*"))
 
 
 def test_a_whole_image_stands_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,11 +89,14 @@ def test_names_follow_the_image_to_another_directory(folder: Path, monkeypatch: 
 @pytest.mark.parametrize("command", ["export", "import"])
 def test_no_file_is_replaced(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("there").write_text("kept")
+    Path("new.part").write_text("kept")
     good(image(monkeypatch, "raw-cow", "export", "my_vm.raw-cow", "my_vm.qcow2"))
     source = "my_vm.raw-cow" if command == "export" else "my_vm.qcow2"
     ran = image(monkeypatch, "raw-cow", command, source, "there")
     assert (ran.code, Path("there").read_text()) == (1, "kept")
     assert "exists already" in ran.err
+    good(image(monkeypatch, "raw-cow", command, source, "new"))
+    assert Path("new.part").read_text() == "kept"
 
 
 @pytest.mark.parametrize("source", ["ubuntu.img", "my_vm.raw-cow", "missing"])

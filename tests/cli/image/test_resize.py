@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nbdserve.cli.image.resize import _preallocate
 from nbdserve.formats.registry import DRIVERS
 from tests.cli.image.helpers import image, qemu_img
 from tests.support.images import needs_qemu
@@ -101,3 +104,23 @@ def test_no_space_for_preallocation_leaves_the_old_size(tmp_path: Path, monkeypa
     assert _size(path) == MIB
     assert qemu_img("check", path).code == 0
     assert image(monkeypatch, "resize", path).code == 2, "a size is missing"
+
+
+async def test_a_preallocation_that_is_interrupted_leaves_the_old_size() -> None:
+    sizes: list[int] = []
+
+    class Interrupted:
+        size = 2 << 20
+        top: Any
+
+        async def preallocate(self, start: int, end: int, mode: str) -> None:
+            raise asyncio.CancelledError
+
+        async def resize(self, size: int) -> None:
+            sizes.append(size)
+
+    node: Any = Interrupted()
+    node.top = node
+    with pytest.raises(asyncio.CancelledError):
+        await _preallocate(node, 1 << 20, "full")
+    assert sizes == [1 << 20]
