@@ -55,7 +55,7 @@ class DirtyBitmap:
         if name is not None:
             if not name:
                 raise ConfigError("Bitmap name cannot be empty")
-            if len(name.encode()) > MAX_NAME or "\0" in name:
+            if len(name.encode("utf-8", "surrogateescape")) > MAX_NAME or "\0" in name:
                 raise ConfigError(f"Bitmap name too long: at most {MAX_NAME} bytes, without NUL")
         self.name = name
         self.size = size

@@ -16,10 +16,16 @@ import numpy.typing as npt
 from nbdserve.extents import Int64Array
 
 _WORD: Final = np.dtype("<u8")
+_FULL_WORD: Final = np.uint64((1 << 64) - 1)
 _CHUNK_WORDS: Final = 1 << 15
 """Words looked at in one step: 256 KiB."""
 _CHUNK_BITS: Final = 1 << 23
 """Bits unpacked, to a byte each, in one step of a merge."""
+
+
+ALL_CLEAR: Final = 0
+ALL_SET: Final = 1
+MIXED: Final = 2
 
 
 class Bits:
@@ -129,6 +135,18 @@ class Bits:
                         part &= (1 << end - at * 8) - 1
                     total += part.bit_count()
         return total
+
+    def uniform(self, unit: int) -> npt.NDArray[np.uint8]:
+        """For every ``unit`` octets, a multiple of 8 (the last ones may be fewer): ALL_CLEAR, ALL_SET or MIXED."""
+        whole = len(self.octets) // unit
+        rows = self._words[: whole * unit // 8].reshape(whole, unit // 8)
+        found = np.full(-(-len(self.octets) // unit), MIXED, np.uint8)
+        found[:whole][~rows.any(axis=1)] = ALL_CLEAR
+        found[:whole][np.bitwise_and.reduce(rows, axis=1) == _FULL_WORD] = ALL_SET
+        if len(found):
+            first = (len(found) - 1) * unit * 8
+            found[-1] = {0: ALL_CLEAR, self.size - first: ALL_SET}.get(self.count(first), MIXED)
+        return found
 
     def next_set(self, first: int, end: int) -> int | None:
         """The first bit of ``[first, end)`` that is set."""

@@ -304,6 +304,7 @@ async def _open_layer(
         "secret": spec.secret,
         "unlock_seconds": spec.unlock_seconds,
         "metadata_only": metadata_only,
+        "keep_bitmaps": spec.keep_bitmaps,
     }
     if name == "raw":
         options |= {"offset": spec.offset, "size": spec.size}

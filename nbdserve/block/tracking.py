@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 from nbdserve.bitmaps.bitmap import DEFAULT_GRANULARITY, DirtyBitmap
 from nbdserve.bitmaps.bitmap_set import BitmapSet
 from nbdserve.block.watchers import Watcher
+from nbdserve.formats.base import FormatDriver
 from nbdserve.units import KIB
 
 if TYPE_CHECKING:
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
 
 _SMALLEST_DEFAULT: Final = 4 * KIB
 _LARGEST_DEFAULT: Final = 64 * KIB
+
+
+def default_granularity(layer: FormatDriver) -> int:
+    """Bytes: the cluster size of the layer, between 4 and 64 KiB, as QEMU chooses."""
+    if layer.name == "raw":
+        return _LARGEST_DEFAULT
+    return min(max(layer.cluster_size, _SMALLEST_DEFAULT), _LARGEST_DEFAULT)
 
 
 class NodeBitmaps(BitmapSet, Watcher):
@@ -28,11 +36,8 @@ class NodeBitmaps(BitmapSet, Watcher):
 
     @property
     def default_granularity(self) -> int:
-        """Bytes: the cluster size of the top layer, between 4 and 64 KiB, as QEMU chooses."""
-        node = self._node
-        if node.format == "raw":
-            return _LARGEST_DEFAULT
-        return min(max(node.top.cluster_size, _SMALLEST_DEFAULT), _LARGEST_DEFAULT)
+        """Bytes; see ``default_granularity``."""
+        return default_granularity(self._node.top)
 
     def add(self, name: str | None, granularity: int = DEFAULT_GRANULARITY) -> DirtyBitmap:
         self.size = self._node.size  # without bitmaps nobody is told of a resize

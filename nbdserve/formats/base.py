@@ -104,6 +104,19 @@ class SnapshotInfo:
     icount: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class BitmapInfo:
+    """A dirty bitmap stored in an image."""
+
+    name: str
+    granularity: int
+    """Bytes."""
+    in_use: bool
+    """It was open for recording and not stored since: what it holds means nothing."""
+    auto: bool
+    """It records whenever the image is written."""
+
+
 @dataclass(slots=True)
 class CheckResult:
     """What ``image check`` found; the fields are qemu-img's."""
@@ -298,11 +311,15 @@ class FormatDriver(ABC):
         """
         raise NotImplementedError
 
-    async def stored_bitmap(self, name: str) -> DirtyBitmap | None:
-        """The dirty bitmap that the image holds under ``name``, read-only; None when there is none.
+    async def stored_bitmaps(self) -> Sequence[BitmapInfo] | None:
+        """The dirty bitmaps that the image holds; None when it cannot hold any.
 
-        Of an image open for writing what is stored means nothing: it is not kept up to date.
+        Those that record are in use when the image was opened for writing, but with the option ``keep_bitmaps``.
         """
+        return None
+
+    async def stored_bitmap(self, name: str) -> DirtyBitmap | None:
+        """The one of that name, independent of the image; read-only if that is. None when there is none."""
         return None
 
     # --- changing it ---------------------------------------------------------------------------------------------
@@ -419,6 +436,18 @@ class FormatDriver(ABC):
 
     async def delete_snapshot(self, snapshot_id: str) -> None:
         """Forget a snapshot. ImageError: there is none with this id."""
+        raise NotImplementedError
+
+    async def check_new_bitmap(self, bitmap: DirtyBitmap) -> None:
+        """ConfigError, with QEMU's reason, when the image cannot hold ``bitmap`` besides those it has."""
+        raise ConfigError(f"Can't store persistent bitmaps to {self.path}: Operation not supported")
+
+    async def store_bitmaps(self, changes: Mapping[str, DirtyBitmap | None]) -> None:
+        """Under each of these names the image holds the bitmap, or none any more; what else it holds stays.
+
+        Stable on return. A crash at any point leaves all as they were before or all as they are after it.
+        ConfigError as of ``check_new_bitmap``.
+        """
         raise NotImplementedError
 
     async def flush(self) -> None:

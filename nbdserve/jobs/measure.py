@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 from nbdserve.block.node import Node
 from nbdserve.formats.base import FormatDriver
-from nbdserve.formats.qcow2.bitmap_directory import FLAG_IN_USE, HEAD_BYTES, read_bitmap_directory
+from nbdserve.formats.qcow2.bitmap_directory import BitmapEntry
 from nbdserve.formats.qcow2.create import parse_options, plan_image, virtual_size
-from nbdserve.formats.qcow2.image import read_header
 from nbdserve.jobs.stretches import What, stretches
 from nbdserve.units import align_up, div_ceil
 
@@ -58,19 +57,14 @@ def _qcow2_size(size: int, options: Mapping[str, str]) -> tuple[int, int]:
     return plan.end_offset, div_ceil(size, cluster) * cluster
 
 
-async def measure_bitmaps(driver: type[FormatDriver], node: Node) -> int | None:
-    """Bytes that the persistent bitmaps of ``node`` take in the new image; None where there can be none."""
-    top = node.top
-    if driver.name != "qcow2" or top.name != "qcow2":
+async def measure_bitmaps(driver: type[FormatDriver], node: Node, options: Mapping[str, str]) -> int | None:
+    """Bytes that the stored bitmaps of ``node`` take in the new image; None where there can be none."""
+    bitmaps = await node.top.stored_bitmaps()
+    if bitmaps is None or driver.name != "qcow2" or (parsed := parse_options(options)).version < 3:
         return None
-    header, _ = await read_header(top.storage)
-    if header.version < 3:
-        return None
-    cluster, directory, size = header.cluster_size, 0, 0
-    for entry in await read_bitmap_directory(top.storage, header):
-        if entry.flags & FLAG_IN_USE:
-            continue
-        clusters = div_ceil(div_ceil(div_ceil(node.size, entry.granularity), 8), cluster)
+    cluster, size, directory = 1 << parsed.cluster_bits, 0, b""
+    for bitmap in bitmaps:
+        clusters = div_ceil(div_ceil(div_ceil(node.size, bitmap.granularity), 8), cluster)
         size += clusters * cluster + align_up(clusters * 8, cluster)
-        directory += align_up(HEAD_BYTES + len(entry.name.encode()), 8)
-    return size + align_up(directory, cluster)
+        directory += BitmapEntry(bitmap.name, 0, 0, 0, clusters).build()
+    return size + align_up(len(directory), cluster)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbdserve.bitmaps import bits as module
-from nbdserve.bitmaps.bits import Bits
+from nbdserve.bitmaps.bits import ALL_CLEAR, ALL_SET, MIXED, Bits
 
 SIZES = st.sampled_from([1, 7, 8, 63, 64, 65, 128, 200, 777])
 
@@ -118,3 +118,14 @@ def test_sixteen_tebibytes_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     bits.set(5, size)
     assert bits.next_clear(5, size) is None
     assert time.process_time() - begin < 5
+
+
+@given(some_bits(), st.sampled_from([8, 16, 64]))
+@settings(max_examples=150, deadline=None)
+def test_units_that_are_all_alike(drawn: tuple[Bits, set[int]], unit: int) -> None:
+    bits, model = drawn
+    expected = []
+    for first in range(0, bits.size, unit * 8):
+        positions = set(range(first, min(first + unit * 8, bits.size)))
+        expected.append(ALL_CLEAR if not model & positions else ALL_SET if positions <= model else MIXED)
+    assert bits.uniform(unit).tolist() == expected

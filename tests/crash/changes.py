@@ -1,7 +1,7 @@
-"""``python -m tests.crash.changes``: power failures while an image is changed as a whole: its size, snapshots, form.
+"""``python -m tests.crash.changes``: power failures while an image is changed as a whole: its size, bitmaps, form.
 
-Between the changes a guest writes and flushes. A state left by a failure inside a change has the disk, and each
-snapshot, as they were before or as they are after it, and no metadata worse than leaked clusters.
+Between the changes a guest writes and flushes. A state left by a failure inside a change has the disk, each snapshot
+and all stored bitmaps as they were before or as they are after it, and no metadata worse than leaked clusters.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nbdserve.bitmaps.bitmap import DirtyBitmap
 from nbdserve.block.node import Node
 from nbdserve.errors import ConfigError, RequestError
+from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.registry import driver_for
 from nbdserve.units import SECTOR_SIZE
 from tests.support import images
@@ -35,15 +37,45 @@ class ChangeFailure(AssertionError):
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A bitmap stored in the image."""
+
+    name: str
+    granularity: int
+    disabled: bool
+    octets: bytes
+
+    @classmethod
+    def of(cls, bitmap: DirtyBitmap) -> Stored:
+        """As ``bitmap`` is now."""
+        return cls(bitmap.name or "", bitmap.granularity, bitmap.disabled, bytes(bitmap.bits.octets))
+
+    def resized(self, old: int, size: int) -> Stored:
+        """As it is when the disk has another size."""
+        bitmap = DirtyBitmap(self.name, old, self.granularity)
+        bitmap.bits.load(0, self.octets)
+        bitmap.disabled = self.disabled
+        bitmap.resize(size)
+        return Stored.of(bitmap)
+
+
+def _shown(bitmaps: Sequence[Stored]) -> str:
+    found = [f"{each.name} ({each.granularity}, {hash(each.octets):x})" for each in bitmaps]
+    return ", ".join(found) or "none"
+
+
+@dataclass(frozen=True)
 class View:
     """What a user sees of an image."""
 
     disk: bytes
     snapshots: tuple[tuple[str, bytes], ...] = ()
     """By id, with the content."""
+    bitmaps: tuple[Stored, ...] = ()
 
     def __str__(self) -> str:
-        return f"disk of {len(self.disk)}, snapshots {', '.join(name for name, _ in self.snapshots) or 'none'}"
+        names = [name for name, _ in self.snapshots]
+        return f"disk of {len(self.disk)}, snapshots {', '.join(names) or 'none'}, bitmaps {_shown(self.bitmaps)}"
 
 
 @dataclass
@@ -84,6 +116,8 @@ class Plan:
     qemu_every: int = 10
     continue_every: int = 10
     ignored_site: str | None = None
+    kinds: frozenset[str] | None = None
+    """Of the changes; None: all there are."""
 
 
 def can_change(geometry: Geometry) -> bool:
@@ -108,7 +142,7 @@ class _Run:
     async def run(self) -> Tally:
         recorder = Recorder(self.rng.getrandbits(32), ignored_site=self.plan.ignored_site)
         stores = [recorder.storage(content) for content in self.image.contents]
-        node = await self.image.open(stores)
+        node = await self.image.open(stores, keep_bitmaps=True)
         view = await self._view(node)
         for _ in range(self.plan.changes):
             view = await self._guest(node, view)
@@ -146,7 +180,7 @@ class _Run:
                 disk[offset : offset + length] = data
                 await node.write(offset, memoryview(data))
         await node.flush()
-        return View(bytes(disk), view.snapshots)
+        return replace(view, disk=bytes(disk))
 
     async def _change(self, node: Node, view: View, recorder: Recorder) -> View:
         top: Any = node.top
@@ -157,16 +191,21 @@ class _Run:
             options.append(("create", lambda: top.create_snapshot("s"), view))
             for name, content in view.snapshots:
                 left = tuple(pair for pair in view.snapshots if pair[0] != name)
-                options.append(("delete", lambda name=name: top.delete_snapshot(name), View(view.disk, left)))  # type: ignore[misc]
-                options.append(("apply", lambda name=name: top.apply_snapshot(name), View(content, view.snapshots)))  # type: ignore[misc]
+                without, applied = replace(view, snapshots=left), View(content, view.snapshots)
+                options.append(("delete", lambda name=name: top.delete_snapshot(name), without))  # type: ignore[misc]
+                options.append(("apply", lambda name=name: top.apply_snapshot(name), applied))  # type: ignore[misc]
         if top.can("amend"):
             chosen = self.rng.choice(("compat=0.10", "compat=1.1", "refcount_bits=16", "refcount_bits=32"))
             name, _, value = chosen.partition("=")
             options.append((f"amend {chosen}", lambda: top.amend({name: value}), view))
-        kind, act, after = self.rng.choice(options)
+        if await top.stored_bitmaps() is not None:
+            options.append(self._bitmaps(top, view))
+        kind, act, after = self.rng.choice(
+            [option for option in options if self.plan.kinds is None or option[0] in self.plan.kinds]
+        )
         if kind == "create":
             new = max((int(name) for name, _ in view.snapshots), default=0) + 1
-            after = View(view.disk, (*view.snapshots, (str(new), view.disk)))
+            after = replace(view, snapshots=(*view.snapshots, (str(new), view.disk)))
         recorder.note(lambda allowed: (setattr(allowed, "views", (view, after)), setattr(allowed, "change", kind)))
         done, seen = True, after
         try:
@@ -187,8 +226,28 @@ class _Run:
             )
         )
         size = max(SECTOR_SIZE, min(limit, size))
-        after = View(view.disk[:size].ljust(size, b"\0"), view.snapshots)
+        disk, bitmaps = view.disk[:size].ljust(size, b"\0"), view.bitmaps
+        if size != len(view.disk):
+            bitmaps = tuple(bitmap.resized(len(view.disk), size) for bitmap in bitmaps)
+        after = View(disk, view.snapshots, bitmaps)
         return "grow" if size > len(view.disk) else "shrink", lambda: node.resize(size), after
+
+    def _bitmaps(self, top: Any, view: View) -> tuple[str, Callable[[], Awaitable[Any]], View]:
+        """Some are stored anew, and some removed."""
+        changes: dict[str, DirtyBitmap | None] = {}
+        after = {bitmap.name: bitmap for bitmap in view.bitmaps}
+        for name in self.rng.sample("abcd", self.rng.randrange(1, 4)):
+            changes[name] = None
+            if name in after and self.rng.random() < 0.4:
+                del after[name]
+                continue
+            bitmap = changes[name] = DirtyBitmap(name, len(view.disk), 512 << self.rng.randrange(4))
+            bitmap.disabled = self.rng.random() < 0.5
+            for _ in range(self.rng.randrange(4)):
+                offset = self.rng.randrange(len(view.disk))
+                bitmap.set(offset, self.rng.randrange(1, len(view.disk) - offset + 1))
+            after[name] = Stored.of(bitmap)
+        return "bitmaps", lambda: top.store_bitmaps(changes), replace(view, bitmaps=tuple(after.values()))
 
     async def _view(self, node: Node) -> View:
         snapshots = (("1", self.image.guest),) if self.image.geometry.snapshot else ()
@@ -198,10 +257,17 @@ class _Run:
         node = await self._open(state, read_only=True)
         disk = await read_all(node, node.size)
         names = tuple(snapshot.id for snapshot in node.top.info().snapshots)
-        fitting = [view for view in allowed.views if view.disk == disk and tuple(n for n, _ in view.snapshots) == names]
+        bitmaps = await _stored(node.top)
+        fitting = [
+            view
+            for view in allowed.views
+            if (view.disk, view.bitmaps, tuple(n for n, _ in view.snapshots)) == (disk, bitmaps, names)
+        ]
         if not fitting:
             expected = " or ".join(map(str, allowed.views))
-            raise ChangeFailure(f"found a disk of {len(disk)}, snapshots {names}; expected {expected}")
+            raise ChangeFailure(
+                f"found a disk of {len(disk)}, snapshots {names}, bitmaps {_shown(bitmaps)}; expected {expected}"
+            )
         self.tally.after += fitting[0] is allowed.views[-1]
         if node.top.can("check"):
             result = await node.top.check()
@@ -246,6 +312,15 @@ class _Run:
         return Node([top, *below.layers[1:]])
 
 
+async def _stored(layer: FormatDriver) -> tuple[Stored, ...]:
+    found = []
+    for info in await layer.stored_bitmaps() or ():
+        bitmap = await layer.stored_bitmap(info.name)
+        assert bitmap is not None
+        found.append(Stored.of(bitmap))
+    return tuple(found)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the campaign; 0 when nothing is wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.crash.changes", description=__doc__)
@@ -255,6 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--states-per-run", type=int, default=100)
     parser.add_argument("--changes", type=int, default=5)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kind", action="append", help="only such changes (may be given again)")
     options = parser.parse_args(arguments)
     chosen = [
         geometry
@@ -263,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
         and (not options.geometry or geometry.name in options.geometry)
         and can_change(geometry)
     ]
-    plan = Plan(changes=options.changes, states=options.states_per_run)
+    plan = Plan(options.changes, options.states_per_run, kinds=frozenset(options.kind) if options.kind else None)
     total, failures, seed, started = Tally(), 0, options.seed, time.monotonic()
     while total.states < options.states and failures < 10:
         for geometry in chosen:

@@ -36,3 +36,26 @@ def test_control_each_barrier_of_replaced_tables_is_needed(function: str) -> Non
         except ChangeFailure:
             return
     raise AssertionError(f"nobody misses {site}")
+
+
+BITMAPS = dataclasses.replace(PLAN, kinds=frozenset({"bitmaps", "grow", "shrink"}))
+
+
+@pytest.mark.parametrize("name", ["512", "4k-data", "16k-ext"])
+def test_stored_bitmaps_are_those_before_or_after(name: str) -> None:
+    tally = run_changes(named(CRASH_GEOMETRIES, name), SEED, BITMAPS)
+    assert tally.states >= STATES // 4
+    assert tally.changes["bitmaps"]
+
+
+def test_control_bitmaps_need_the_commit_before_the_header() -> None:
+    geometry = named(CRASH_GEOMETRIES, "512")
+    plan = dataclasses.replace(BITMAPS, states=300, qemu_every=1000, continue_every=1000)
+    sites = run_changes(geometry, SEED, dataclasses.replace(plan, states=1)).sites
+    for site in (site for site in sites if ":_barrier_refcounts_and_data:" in site):
+        for seed in range(SEED, SEED + 3):
+            try:
+                run_changes(geometry, seed, dataclasses.replace(plan, ignored_site=site))
+            except ChangeFailure:
+                return
+    raise AssertionError("nobody misses it")

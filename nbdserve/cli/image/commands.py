@@ -58,6 +58,7 @@ class ImageCommands(LazyGroup):
             "Change what was decided when an image was made: its version, its refcounts' width, its backing file, "
             "its size.",
         ),
+        "bitmap": _place("bitmap", "Change a dirty bitmap stored in an image that nobody is using.", "app"),
         "raw-cow": _place(
             "raw_cow",
             "Carry a raw-cow image to and from qcow2 with a data file, which stock tools read. Only metadata is "

@@ -42,6 +42,7 @@ from nbdserve.config.secrets import chosen_secret, secrets_of_objects
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.registry import driver_for
+from nbdserve.jobs.bitmap_copy import check_bitmap_target, copy_bitmaps, copyable_bitmaps
 from nbdserve.jobs.convert import CommonBase, ConvertJob, layers_above
 from nbdserve.jobs.copy import CopyOptions, unit_for
 from nbdserve.jobs.target import NewImage, TargetImage
@@ -65,6 +66,8 @@ class _Request:
     compress: bool
     copy: CopyOptions
     zeroed: bool
+    bitmaps: bool
+    skip_broken_bitmaps: bool
     speed: int
     progress: bool
     quiet: bool
@@ -133,9 +136,9 @@ def convert(
         ),
     ] = None,
     salvage: Annotated[bool, typer.Option("--salvage", help="What cannot be read becomes zeroes.")] = False,
-    bitmaps: Annotated[bool, typer.Option("--bitmaps", help="Copy persistent dirty bitmaps.")] = False,
+    bitmaps: Annotated[bool, typer.Option("--bitmaps", help="Copy the dirty bitmaps stored in FILE, too.")] = False,
     skip_broken_bitmaps: Annotated[
-        bool, typer.Option("--skip-broken-bitmaps", help="With --bitmaps: those that can be.")
+        bool, typer.Option("--skip-broken-bitmaps", help="With --bitmaps: leave out those that are inconsistent.")
     ] = False,
     image_opts: ImageOptsOption = False,
     target_image_opts: Annotated[bool, typer.Option("--target-image-opts", help="So is the target; with -n.")] = False,
@@ -162,10 +165,10 @@ def convert(
     secrets = secrets_of_objects(objects or [])
     if base is not None and len(names) > 1:
         raise ConfigError("-B makes no sense when concatenating multiple input images")
-    if bitmaps:
-        raise ConfigError("--bitmaps: persistent dirty bitmaps are not copied yet, convert without them")
-    if skip_broken_bitmaps:
+    if skip_broken_bitmaps and not bitmaps:
         raise UsageError("Use of --skip-broken-bitmaps requires --bitmaps")
+    if bitmaps and len(names) > 1:
+        raise ConfigError("Copying bitmaps only possible with single source")
     if target_is_zero and not skip_create:
         raise UsageError("--target-is-zero requires use of -n flag")
     if target_image_opts and not skip_create:
@@ -204,6 +207,8 @@ def convert(
             skip_errors=_warn if salvage else None,
         ),
         zeroed=target_is_zero,
+        bitmaps=bitmaps,
+        skip_broken_bitmaps=skip_broken_bitmaps,
         speed=0 if rate is None else parsed_size(rate, "rate limit"),
         progress=progress and not quiet,
         quiet=quiet,
@@ -228,18 +233,25 @@ def _warn(offset: int, length: int, error: Exception) -> None:
     print(f"nbdserve: warning: error while reading offset {offset}: {reason}", file=sys.stderr)
 
 
+def _skip_broken(name: str) -> None:
+    print(f"nbdserve: warning: Skipping inconsistent bitmap '{name}'", file=sys.stderr)
+
+
 async def _convert(request: _Request) -> None:
     async with opened(request.sources, request.roots) as nodes:
         size = sum(node.size for node in nodes)
+        bitmaps: list[str] | None = None
+        if request.bitmaps:
+            bitmaps = await copyable_bitmaps(nodes[0].top, _skip_broken if request.skip_broken_bitmaps else None)
         if request.target.path == STREAM:
             await _to_stream(request, nodes)
         elif request.skip_create:
-            await _into_existing(request, nodes, size)
+            await _into_existing(request, nodes, size, bitmaps)
         else:
-            await _into_new(request, nodes, size)
+            await _into_new(request, nodes, size, bitmaps)
 
 
-async def _into_new(request: _Request, nodes: list[Node], size: int) -> None:
+async def _into_new(request: _Request, nodes: list[Node], size: int, bitmaps: list[str] | None) -> None:
     assert request.target.format is not None
     if request.target.nbd is not None:
         raise ConfigError(f"{request.target.path}: an export of an NBD server is there already: give -n")
@@ -259,7 +271,10 @@ async def _into_new(request: _Request, nodes: list[Node], size: int) -> None:
         request.target.path, driver, size, options, base, request.secret, request.target.cache, request.roots
     )
     async with TargetImage(image) as target:
+        if bitmaps is not None:
+            await check_bitmap_target(target.node.top, bitmaps)
         await _copy(request, nodes, target.node, common, zeroed=target.zeroed)
+        await copy_bitmaps(nodes[0].top, target.node.top, bitmaps or [])
         await target.publish()
 
 
@@ -284,7 +299,10 @@ async def _common_base(request: _Request, node: Node) -> tuple[ImageSpec, Common
         await base.close()
 
 
-async def _into_existing(request: _Request, nodes: list[Node], size: int) -> None:
+async def _into_existing(request: _Request, nodes: list[Node], size: int, bitmaps: list[str] | None) -> None:
+    if bitmaps is not None:
+        async with opened([replace(request.target, read_only=True)], request.roots) as [found]:
+            await check_bitmap_target(found.top, bitmaps)
     target = await open_image(request.target, image_roots(request.target.path, request.roots))
     async with AsyncExitStack() as files:
         files.push_async_callback(target.close)
@@ -296,6 +314,7 @@ async def _into_existing(request: _Request, nodes: list[Node], size: int) -> Non
         if request.base is not None:
             _, common = await _common_base(request, nodes[0])
         await _copy(request, nodes, target, common, zeroed=request.zeroed)
+        await copy_bitmaps(nodes[0].top, target.top, bitmaps or [])
         await target.flush()
 
 
@@ -317,6 +336,8 @@ def _compresses(driver: type[FormatDriver]) -> bool:
 
 
 async def _to_stream(request: _Request, nodes: list[Node]) -> None:
+    if request.bitmaps:
+        raise ConfigError("Format driver 'raw' does not support bitmaps")
     if request.target.format != "raw" or request.compress or request.base is not None or request.skip_create:
         raise ConfigError("standard output takes a raw image, from its beginning to its end: leave out -O, -c, -B, -n")
     target = StreamTarget(sys.stdout.buffer)

@@ -27,10 +27,8 @@ from nbdserve.cli.image.common import (
 )
 from nbdserve.cli.output import Output, OutputOption, print_json
 from nbdserve.errors import ImageError
-from nbdserve.formats.base import FormatDriver, ImageInfo, SnapshotInfo
+from nbdserve.formats.base import BitmapInfo, FormatDriver, ImageInfo, SnapshotInfo
 from nbdserve.formats.encryption.storage import EncryptedStorage
-from nbdserve.formats.qcow2.bitmap_directory import FLAG_NAMES, read_bitmap_directory
-from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.storage.file import FileStorage
 from nbdserve.units import format_size
 
@@ -122,17 +120,8 @@ async def _collect(
 async def _describe(driver: FormatDriver, path: str) -> Layer:
     try:
         facts = driver.info()
-        if isinstance(driver, Qcow2Driver):
-            bitmaps = await read_bitmap_directory(driver.storage, driver.header)
-            if bitmaps:
-                facts.specific["bitmaps"] = [
-                    {
-                        "flags": [name for bit, name in enumerate(FLAG_NAMES) if bitmap.flags >> bit & 1],
-                        "name": bitmap.name,
-                        "granularity": bitmap.granularity,
-                    }
-                    for bitmap in bitmaps
-                ]
+        if bitmaps := await driver.stored_bitmaps():
+            facts.specific["bitmaps"] = [_bitmap_json(bitmap) for bitmap in bitmaps]
         facts.specific = {key: facts.specific[key] for key in sorted(facts.specific, key=_position)}
         data = driver.data.inner if isinstance(driver.data, EncryptedStorage) else driver.data
         sizes = [file.allocated_size() for file in dict.fromkeys((driver.storage, data))]
@@ -142,6 +131,12 @@ async def _describe(driver: FormatDriver, path: str) -> Layer:
         return Layer(path, facts, sum(known) if len(known) == len(sizes) else None)
     finally:
         await driver.close()
+
+
+def _bitmap_json(bitmap: BitmapInfo) -> dict[str, Any]:
+    flags = [name for name, is_set in (("in-use", bitmap.in_use), ("auto", bitmap.auto)) if is_set]
+    name = bitmap.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return {"flags": flags, "name": name, "granularity": bitmap.granularity}
 
 
 def _position(key: str) -> int:

@@ -73,7 +73,7 @@ def measure(
 
         async def of_image() -> tuple[tuple[int, int], int | None]:
             async with opened([spec], image_root or ()) as [node]:
-                return await measure_node(driver, node, chosen), await measure_bitmaps(driver, node)
+                return await measure_node(driver, node, chosen), await measure_bitmaps(driver, node, chosen)
 
         sizes, bitmaps = asyncio.run(of_image())
     if output is Output.JSON:

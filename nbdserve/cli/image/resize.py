@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from dataclasses import replace
 from typing import Annotated, Final
 
 import typer
@@ -67,7 +68,7 @@ async def resize_image(
     """Give the image the size written as on the command line. ConfigError."""
     sign = size_text[:1] if size_text[:1] in ("+", "-") else ""
     amount = parsed_size(size_text.removeprefix(sign), "image size")
-    node = await open_image(spec, roots)
+    node = await open_image(replace(spec, keep_bitmaps=True), roots)
     try:
         top, old = node.top, node.size
         size = {"+": old + amount, "-": old - amount}.get(sign, amount)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from nbdserve.errors import CorruptImageError
 from nbdserve.formats.qcow2.header import Header
-from nbdserve.formats.qcow2.layout import AUTOCLEAR_BITMAPS
+from nbdserve.formats.qcow2.layout import AUTOCLEAR_BITMAPS, MAX_BITMAPS
 from nbdserve.storage.base import Storage
 from nbdserve.units import align_up
 
-HEAD_BYTES: Final = 24
-"""Of an entry, before its extra data and name."""
+_HEAD: Final = struct.Struct(">QIIBBHI")
+"""Table offset and entries, flags, type, bits of the granularity, bytes of the name and of the extra data, which comes
+before it."""
+FLAGS_AT: Final = 12
+"""Of an entry, where its flags are; entries begin at multiples of 8."""
 MAX_DIRECTORY_BYTES: Final = 64 << 20
-FLAG_NAMES: Final = ("in-use", "auto")
-"""By bit, with QEMU's names."""
 FLAG_IN_USE: Final = 1 << 0
 """The bitmap was open for recording, and not stored since: what is stored does not count."""
 FLAG_AUTO: Final = 1 << 1
@@ -30,21 +33,48 @@ class BitmapEntry:
     """A bitmap, and where its table is."""
 
     name: str
-    granularity: int
-    """Bytes one bit stands for."""
+    """As stored, decoded as UTF-8 with surrogateescape."""
+    granularity_bits: int
     flags: int
     table_offset: int
     table_entries: int
-    kind: int
-    """DIRTY_TRACKING; there are no others yet."""
-    extra_bytes: int
-    """Of data whose meaning is not known."""
+    kind: int = DIRTY_TRACKING
+    """There are no others yet."""
+    extra: bytes = b""
+    """Data whose meaning is not known."""
+
+    @property
+    def granularity(self) -> int:
+        """Bytes one bit stands for."""
+        return 1 << self.granularity_bits
+
+    @property
+    def in_use(self) -> bool:
+        """See FLAG_IN_USE."""
+        return bool(self.flags & FLAG_IN_USE)
+
+    @property
+    def auto(self) -> bool:
+        """See FLAG_AUTO."""
+        return bool(self.flags & FLAG_AUTO)
+
+    def build(self) -> bytes:
+        """The stored form."""
+        name = self.name.encode("utf-8", "surrogateescape")
+        numbers = (self.table_offset, self.table_entries, self.flags, self.kind, self.granularity_bits)
+        data = _HEAD.pack(*numbers, len(name), len(self.extra)) + self.extra + name
+        return data + bytes(-len(data) % 8)
+
+
+def build_directory(entries: Sequence[BitmapEntry]) -> bytes:
+    """The stored form of a whole directory."""
+    return b"".join(entry.build() for entry in entries)
 
 
 async def read_bitmap_directory(storage: Storage, header: Header) -> list[BitmapEntry]:
     """The bitmaps of the image; none when the autoclear bit says that they are not kept up to date.
 
-    CorruptImageError for a directory that does not fit into the file.
+    CorruptImageError for a directory that does not fit into the file, or an entry that does not fit into it.
     """
     extension = header.bitmaps
     if extension is None or not header.autoclear & AUTOCLEAR_BITMAPS:
@@ -56,21 +86,32 @@ async def read_bitmap_directory(storage: Storage, header: Header) -> list[Bitmap
         raise CorruptImageError(
             storage.path, "outside the file, or over 64 MiB", field="bitmap directory size", value=length
         )
-    data = bytes(await storage.read(extension.directory_offset, length))
-    entries, at = [], 0
-    while at + HEAD_BYTES <= length:
-        extra_bytes = int.from_bytes(data[at + 20 : at + 24], "big")
-        name_at = at + HEAD_BYTES + extra_bytes
-        end = name_at + int.from_bytes(data[at + 18 : at + 20], "big")
+    data = await storage.read(extension.directory_offset, length)
+    entries: list[BitmapEntry] = []
+    at = 0
+    while at + _HEAD.size <= length:
+        table_offset, table_entries, flags, kind, granularity_bits, name_bytes, extra_bytes = _HEAD.unpack_from(
+            data, at
+        )
+        extra_at = at + _HEAD.size
+        name_at = extra_at + extra_bytes
+        end = name_at + name_bytes
+        if end > length or len(entries) == MAX_BITMAPS:
+            raise CorruptImageError(
+                storage.path,
+                f"reaches past the end of the directory, or is the one after {MAX_BITMAPS}",
+                field="bitmap directory entry",
+                value=len(entries),
+            )
         entries.append(
             BitmapEntry(
-                name=data[name_at:end].decode("utf-8", "replace"),
-                granularity=1 << min(data[at + 17], 62),
-                flags=int.from_bytes(data[at + 12 : at + 16], "big"),
-                table_offset=int.from_bytes(data[at : at + 8], "big"),
-                table_entries=int.from_bytes(data[at + 8 : at + 12], "big"),
-                kind=data[at + 16],
-                extra_bytes=extra_bytes,
+                name=bytes(data[name_at:end]).decode("utf-8", "surrogateescape"),
+                granularity_bits=granularity_bits,
+                flags=flags,
+                table_offset=table_offset,
+                table_entries=table_entries,
+                kind=kind,
+                extra=bytes(data[extra_at:name_at]),
             )
         )
         at = align_up(end, 8)

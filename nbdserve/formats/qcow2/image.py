@@ -6,26 +6,30 @@ import asyncio
 import errno
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Final, NoReturn, Self
 
 import numpy as np
 
 from nbdserve.bitmaps.bitmap import DirtyBitmap
-from nbdserve.errors import CorruptImageError, ImageError, RequestError, UnsupportedImageError
+from nbdserve.errors import ConfigError, CorruptImageError, ImageError, RequestError, UnsupportedImageError
 from nbdserve.formats.base import (
     BackingReference,
+    BitmapInfo,
     CheckResult,
     Companion,
     FormatDriver,
 )
-from nbdserve.formats.qcow2 import layout
+from nbdserve.formats.qcow2 import bitmap_changes, layout
 from nbdserve.formats.qcow2.allocator import Allocator
 from nbdserve.formats.qcow2.backing import set_backing
+from nbdserve.formats.qcow2.bitmap_directory import read_bitmap_directory
 from nbdserve.formats.qcow2.commit import Committer, HeaderSector
 from nbdserve.formats.qcow2.compressed import CompressedClusters
 from nbdserve.formats.qcow2.encryption import open_encryption
 from nbdserve.formats.qcow2.format import Qcow2Format
 from nbdserve.formats.qcow2.header import Header
+from nbdserve.formats.qcow2.header_change import change_header
 from nbdserve.formats.qcow2.layout import (
     COPIED,
     OFFSET_MASK,
@@ -95,6 +99,8 @@ class Qcow2Image(Qcow2Format):
         self._compressed = CompressedClusters(storage, header.cluster_bits, header.compression_type)
         # Only of a writable image:
         self._punch = options.get("discard") == "unmap"
+        self.keeps_bitmaps = bool(options.get("keep_bitmaps", False))
+        """Its stored bitmaps are right: nothing else of the disk is changed."""
         self._protected: set[int] = set()
         """Clusters with metadata, which no data may be written to. Empty when data is in a file of its own."""
         self._broken = ""
@@ -110,7 +116,8 @@ class Qcow2Image(Qcow2Format):
 
         Options: ``companions``, the external data file; ``snapshot``, an internal snapshot's id or name (read-only);
         ``discard``, where ``unmap`` punches freed clusters out of the file; ``has_backing`` when a layer is put below
-        an image whose header names none; ``secret``, the passphrase of an encrypted image.
+        an image whose header names none; ``secret``, the passphrase of an encrypted image; ``keep_bitmaps`` when
+        bitmaps and the size are all that is changed, so that stored bitmaps stay right.
         """
         read_only = read_only or "snapshot" in options
         header, sector = await read_header(storage)
@@ -229,12 +236,13 @@ class Qcow2Image(Qcow2Format):
             self.storage, self.data_file, self.header_sector, self.l1, self.cache, self.refcounts, self.allocator
         )
         self._data_virgin = self.data.size
-        # Bitmaps are not kept up to date, and neither is what an unknown bit stands for: the bits are cleared, so that
-        # others do not trust it.
-        autoclear = self.header.autoclear
-        if autoclear & ~layout.AUTOCLEAR_DATA_FILE_RAW:
-            kept = autoclear & layout.AUTOCLEAR_DATA_FILE_RAW
-            await self.header_sector.patch(layout.AUTOCLEAR_AT, kept.to_bytes(8, "big"))
+        # What an unknown bit stands for is not kept up to date: the bits are cleared, so that others do not trust it.
+        if not self.keeps_bitmaps:
+            await bitmap_changes.mark_in_use(self.storage, self.header)
+        if self.header.autoclear & ~layout.AUTOCLEAR_KNOWN:
+            autoclear = self.header.autoclear & layout.AUTOCLEAR_KNOWN
+            await self.header_sector.patch(layout.AUTOCLEAR_AT, autoclear.to_bytes(8, "big"))
+            self.header = replace(self.header, autoclear=autoclear)
 
     async def check(self, *, repair_leaks: bool = False, repair_errors: bool = False) -> CheckResult:
         """Compare refcounts, tables and COPIED flags. What was written before is flushed first.
@@ -249,9 +257,29 @@ class Qcow2Image(Qcow2Format):
                 self._stop_writing(f"{self.path}: repaired since it was opened, open it anew")
         return await check_qcow2(self, repair_leaks=repair_leaks, repair_errors=repair_errors)
 
+    # --- stored bitmaps --------------------------------------------------------------------------------------------
+
+    async def stored_bitmaps(self) -> Sequence[BitmapInfo] | None:
+        """Those of the bitmaps extension, which version 3 has."""
+        if self.header.version < 3:
+            return None
+        entries = await read_bitmap_directory(self.storage, self.header)
+        return [BitmapInfo(entry.name, entry.granularity, entry.in_use, entry.auto) for entry in entries]
+
     async def stored_bitmap(self, name: str) -> DirtyBitmap | None:
-        """The bitmap of the bitmaps extension."""
-        return await read_stored_bitmap(self.storage, self.header, name)
+        """One of these."""
+        bitmap = await read_stored_bitmap(self.storage, self.header, name)
+        if bitmap is not None:
+            bitmap.read_only = self.read_only
+        return bitmap
+
+    async def check_new_bitmap(self, bitmap: DirtyBitmap) -> None:
+        """Version 2 has none, and QEMU's limits are kept."""
+        await bitmap_changes.check_new_bitmap(self, bitmap)
+
+    async def store_bitmaps(self, changes: Mapping[str, DirtyBitmap | None]) -> None:
+        """In one step; what else there is stays where it is."""
+        await bitmap_changes.store_bitmaps(self, changes)
 
     # --- tables and free clusters ----------------------------------------------------------------------------------
 
@@ -408,6 +436,17 @@ class Qcow2Image(Qcow2Format):
         except BaseException as error:
             self._stop_writing(f"{self.path}: the header could not be written: {error}")
             raise
+
+    async def replace_header(self, header: Header) -> None:
+        """Turn the header into ``header``: ConfigError as of ``change_header``, other errors as of ``patch_header``."""
+        try:
+            await change_header(self.storage, self.header_sector, self.header, header)
+        except ConfigError:
+            raise
+        except BaseException as error:
+            self._stop_writing(f"{self.path}: the header could not be written: {error}")
+            raise
+        self.header = header
 
     async def cut_data_file(self, size: int) -> None:
         """Make the external data file shorter."""

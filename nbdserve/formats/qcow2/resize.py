@@ -15,6 +15,8 @@ import numpy as np
 from nbdserve.errors import ConfigError
 from nbdserve.extents import COMPRESSED, DATA
 from nbdserve.formats.qcow2 import layout
+from nbdserve.formats.qcow2.bitmap_changes import resized_bitmaps
+from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.reserve import reserve
 from nbdserve.formats.tables import Table
 from nbdserve.units import MIB, SECTOR_SIZE, align_down, align_up, div_ceil
@@ -30,10 +32,13 @@ async def resize_qcow2(driver: Qcow2Driver, size: int) -> None:
     """See ``FormatDriver.resize``. No request is under way."""
     _refuse(driver, size)
     await driver.committer.settle()
-    if size > driver.size:
-        await _grow(driver, size)
-    elif size < driver.size:
-        await _shrink(driver, size)
+    if size == driver.size:
+        return
+    async with resized_bitmaps(driver, size) as header:
+        if size > driver.size:
+            await _grow(driver, size, header)
+        else:
+            await _shrink(driver, size, header)
 
 
 def _refuse(driver: Qcow2Driver, size: int) -> None:
@@ -56,7 +61,7 @@ def _refuse(driver: Qcow2Driver, size: int) -> None:
 # --- growing ---------------------------------------------------------------------------------------------------------
 
 
-async def _grow(driver: Qcow2Driver, size: int) -> None:
+async def _grow(driver: Qcow2Driver, size: int, header: Header) -> None:
     """Everything the larger disk needs is stable before the header says so.
 
     Crash before that: the old disk, and clusters that are counted and not used.
@@ -81,7 +86,7 @@ async def _grow(driver: Qcow2Driver, size: int) -> None:
             finally:
                 _put_back(driver, old_l1)
         raise
-    await _set_header(driver, size)
+    await _set_header(driver, size, header)
     if driver.l1 is not old_l1:
         _retire(driver, old_l1)
         await driver.committer.settle()
@@ -148,24 +153,28 @@ async def _grow_data_file(driver: Qcow2Driver, size: int) -> None:
         await file.truncate(size)
 
 
-async def _set_header(driver: Qcow2Driver, size: int) -> None:
-    """Size and place of the L1 table, in one write of one sector."""
+async def _set_header(driver: Qcow2Driver, size: int, header: Header) -> None:
+    """Size and place of the L1 table, and the bitmaps of ``header``, in one write of one sector."""
     offset, entries = driver.l1.host_offset, len(driver.l1.words)
-    fields = struct.pack(">QIIQ", size, driver.header.crypt_method, entries, offset)
-    await driver.patch_header(layout.SIZE_AT, fields)
-    driver.header = replace(driver.header, size=size, l1_offset=offset, l1_entries=entries)
+    resized = replace(header, size=size, l1_offset=offset, l1_entries=entries)
+    if header is driver.header:
+        fields = struct.pack(">QIIQ", size, driver.header.crypt_method, entries, offset)
+        await driver.patch_header(layout.SIZE_AT, fields)
+        driver.header = resized
+    else:
+        await driver.replace_header(resized)
     driver.size = size
 
 
 # --- shrinking -------------------------------------------------------------------------------------------------------
 
 
-async def _shrink(driver: Qcow2Driver, size: int) -> None:
+async def _shrink(driver: Qcow2Driver, size: int, header: Header) -> None:
     """The header says so first: until then the disk has all its content.
 
     Crash after that: what is past the end is still mapped, until the size changes again.
     """
-    await _set_header(driver, size)
+    await _set_header(driver, size, header)
     punch, driver.allocator.punch = driver.allocator.punch, True
     try:
         await _clear_past_the_end(driver)

@@ -15,6 +15,7 @@ from nbdserve.formats.registry import DRIVERS
 from nbdserve.storage.file import FileStorage
 from tests.cli.image.helpers import Ran, image, interrupted, marked, qemu_img
 from tests.cli.processes import greets, until
+from tests.formats.qcow2.engine import check, create, mark_in_use
 from tests.support.images import needs_qemu, run
 
 pytestmark = needs_qemu
@@ -374,7 +375,9 @@ def test_what_cannot_be_read_becomes_zeroes(tmp_path: Path, monkeypatch: pytest.
         (["-B", "source", "-F", "raw", "-O", "vdi", "source", "new"], 1, "the parent of a VDI image is one too"),
         (["-t", "often", "source", "new"], 1, "Invalid output cache option: often"),
         (["-T", "often", "source", "new"], 1, "Invalid source cache option: often"),
-        (["--bitmaps", "source", "new"], 1, "--bitmaps"),
+        (["--bitmaps", "source", "new"], 1, "Source lacks bitmap support"),
+        (["--skip-broken-bitmaps", "source", "new"], 2, "Use of --skip-broken-bitmaps requires --bitmaps"),
+        (["--bitmaps", "source", "source", "new"], 1, "Copying bitmaps only possible with single source"),
         (["-r", "quick", "source", "new"], 1, "Invalid rate limit specified"),
         (["-O", "qcow2", "-o", "nonsense=1", "source", "new"], 1, "unknown qcow2 option 'nonsense'"),
         (["-O", "qcow2", "missing", "new"], 1, "missing"),
@@ -389,6 +392,43 @@ def test_what_is_refused(
     ran = image(monkeypatch, "convert", *arguments)
     assert (ran.code, message in ran.err) == (code, True), ran
     assert os.listdir(tmp_path) == ["source"]
+
+
+def test_stored_bitmaps_are_copied_as_qemu_img_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    create(tmp_path / "source", "3M")
+    for name in ("a", "b", "c"):
+        run("qemu-img", "bitmap", "--add", "-g", "512", "source", name)
+    run("qemu-img", "bitmap", "--disable", "source", "c")
+    converted(monkeypatch, "--bitmaps", "-O", "qcow2", "source", "ours")
+    mark_in_use(tmp_path / "source", "b")
+    ran = image(monkeypatch, "convert", "--bitmaps", "-O", "qcow2", "source", "new")
+    assert (ran.code, "Cannot copy inconsistent bitmap 'b'" in ran.err) == (1, True)
+    assert "Try --skip-broken-bitmaps" in ran.err
+    assert not os.path.lexists("new")
+    for options in (["-c"], ["-n"]):
+        if options == ["-n"]:
+            create(tmp_path / "new", "3M")
+        arguments = ("--bitmaps", "--skip-broken-bitmaps", *options, "-O", "qcow2", "source", "new")
+        ran = image(monkeypatch, "convert", *arguments)
+        assert (ran.code, ran.err) == (0, "nbdserve: warning: Skipping inconsistent bitmap 'b'\n")
+        check(tmp_path / "new")
+        found = qemu_img("info", "--output", "json", "new").json()["format-specific"]["data"]["bitmaps"]
+        assert [(each["name"], each["flags"], each["granularity"]) for each in found] == [
+            ("a", ["auto"], 512),
+            ("c", [], 512),
+        ]
+    before = (tmp_path / "ours").read_bytes()
+    for target, problem in (
+        (["-O", "raw", "other"], "Format driver 'raw' does not support bitmaps"),
+        (["-O", "raw", "-"], "Format driver 'raw' does not support bitmaps"),
+        (["-O", "qcow2", "-o", "compat=0.10", "other"], "Format driver 'qcow2' does not support bitmaps"),
+        (["-n", "-O", "qcow2", "ours"], "Failed to create bitmap c: Bitmap already exists: c"),
+    ):
+        ran = image(monkeypatch, "convert", "--bitmaps", "--skip-broken-bitmaps", "source", *target)
+        assert (ran.code, problem in ran.err) == (1, True), ran
+        assert not os.path.lexists("other")
+    assert (tmp_path / "ours").read_bytes() == before
 
 
 def test_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

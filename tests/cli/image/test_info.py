@@ -1,8 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
 
-from tests.cli.image.helpers import image, make_chain, qemu_img
+from tests.cli.image.helpers import Ran, image, make_chain, qemu_img
+from tests.formats.qcow2.engine import create, mark_in_use
 from tests.support.images import needs_qemu
 
 
@@ -18,6 +20,25 @@ def test_what_is_printed_is_what_qemu_img_prints(tmp_path: Path, monkeypatch: py
         arguments = ("info", "--backing-chain", "--output", style, "top")
         ours, theirs = image(monkeypatch, *arguments), qemu_img(*arguments)
         assert (ours.json() == theirs.json()) if style == "json" else (ours.out == theirs.out)
+
+
+@needs_qemu
+def test_bitmaps_are_shown_with_their_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = create(tmp_path / "disk", "1M")
+    for name in ("recording", "resting", "left"):
+        assert qemu_img("bitmap", "--add", path, name).code == 0
+    assert qemu_img("bitmap", "--disable", path, "resting").code == 0
+    mark_in_use(path, "left")
+    ours = image(monkeypatch, "info", "--output", "json", path)
+    assert ours.json() == qemu_img("info", "--output", "json", path).json()
+    assert image(monkeypatch, "info", path).out == qemu_img("info", path).out
+    assert image(monkeypatch, "bitmap", "--add", path, os.fsdecode(b"not \xff UTF-8")).code == 0
+    assert _bitmaps(image(monkeypatch, "info", "--output", "json", path))[-1]["name"] == "not \ufffd UTF-8"
+
+
+def _bitmaps(ran: Ran) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = ran.json()["format-specific"]["data"]["bitmaps"]
+    return found
 
 
 @needs_qemu

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.image.helpers import image, qemu_img
+from tests.formats.qcow2.engine import mark_in_use
 from tests.support.images import needs_qemu, run
 
 pytestmark = needs_qemu
@@ -23,6 +24,8 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     run("qemu-img", "convert", "-O", "qcow2", "top", "marked")
     run("qemu-img", "bitmap", "--add", "-g", "512", "marked", "one")
     run("qemu-img", "bitmap", "--add", "marked", "another")
+    (tmp_path / "left").write_bytes((tmp_path / "marked").read_bytes())
+    mark_in_use(tmp_path / "left", "one")
     return tmp_path
 
 
@@ -43,6 +46,9 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ["-O", "qcow2", "-f", "vdi", "vdi"],
         ["-O", "raw", "top"],
         ["-O", "qcow2", "marked"],
+        ["-O", "qcow2", "-o", "cluster_size=512", "marked"],
+        ["-O", "qcow2", "-o", "compat=0.10", "marked"],
+        ["-O", "qcow2", "left"],
     ],
 )
 def test_what_qemu_img_says(images: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], output: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from nbdserve.cli.image.resize import _preallocate
 from nbdserve.formats.registry import DRIVERS
 from tests.cli.image.helpers import image, qemu_img
+from tests.formats.qcow2.engine import bits_of, mark_in_use
 from tests.support.images import needs_qemu
 
 pytestmark = needs_qemu
@@ -56,6 +57,23 @@ def test_sizes_and_refusals_are_those_of_qemu_img(tmp_path: Path, fmt: str, monk
     assert qemu_img("compare", "-f", fmt, "-F", fmt, ours, theirs).code == 0
     if fmt == "qcow2":
         assert qemu_img("check", ours).code == 0
+
+
+def test_stored_bitmaps_have_the_size_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "3M")
+    qemu_img("bitmap", "--add", path, "kept")
+    qemu_img("bitmap", "--add", "--disable", path, "left")
+    assert image(monkeypatch, "resize", path, "40M").code == 0
+    assert image(monkeypatch, "resize", path, "20M").code == 1  # without --shrink: nothing has changed
+    assert qemu_img("check", path).code == 0
+    assert [each["offset"] for each in bits_of(path, "kept") if each["type"]] == [3 * MIB]
+    mark_in_use(path, "left")
+    ran = image(monkeypatch, "resize", path, "50M")
+    assert "Bitmap 'left' is inconsistent and cannot be used" in ran.err
+    assert ran.code == 1
+    assert _size(path) == 40 * MIB
+    assert qemu_img("check", path).code == 0
 
 
 def test_a_longer_backing_file_does_not_show_in_the_last_cluster(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED
 from nbdserve.formats.qcow2.driver import Qcow2Driver
 from nbdserve.storage.file import FileStorage
 from nbdserve.units import align_down, align_up
+from tests.cli.processes import greets, until
 
 
 def run(*command: str | Path, codes: tuple[int, ...] = (0,)) -> str:
@@ -39,6 +42,37 @@ def check(path: Path, *, leaks: bool = False) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(run("qemu-img", "check", "--output=json", path, codes=codes))
     assert found.get("corruptions", 0) == 0, found
     return found
+
+
+def mark_in_use(path: Path, name: str) -> None:
+    """Its stored bitmap of that name is what a crash of its writer leaves."""
+    data = bytearray(path.read_bytes())
+    directory, length = directory_of(data)
+    at = data.index(name.encode(), directory, directory + length) - 24
+    data[at + 15] |= 1
+    path.write_bytes(data)
+
+
+def directory_of(data: bytes | bytearray) -> tuple[int, int]:
+    """Where the bitmap directory of an image is, and how long."""
+    at = data.index(b"\x23\x85\x28\x75\0\0\0\x18") + 16
+    return int.from_bytes(data[at + 8 : at + 16], "big"), int.from_bytes(data[at : at + 8], "big")
+
+
+def bits_of(path: Path, name: str) -> list[dict[str, Any]]:
+    """The stored bitmap of that name, as qemu-nbd shows it."""
+    folder = Path(tempfile.mkdtemp())
+    socket = folder / "s"
+    process = subprocess.Popen(["qemu-nbd", "-r", "-t", "-k", socket, "-f", "qcow2", "-B", name, path])
+    try:
+        until(lambda: greets(socket), "qemu-nbd answers")
+        uri = f"nbd+unix:///?socket={socket}"
+        found: list[dict[str, Any]] = json.loads(run("nbdinfo", "--json", f"--map=qemu:dirty-bitmap:{name}", uri))
+        return found
+    finally:
+        process.terminate()
+        process.wait(60)
+        shutil.rmtree(folder)
 
 
 def content(path: Path, *options: str) -> bytes:

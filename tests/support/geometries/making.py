@@ -58,13 +58,16 @@ class Image:
                 (folder / name).write_bytes(content)
         return folder / self.names[0]
 
-    async def open(self, stores: Sequence[Storage], *, read_only: bool = False, **policy: Any) -> Node:
+    async def open(
+        self, stores: Sequence[Storage], *, read_only: bool = False, keep_bitmaps: bool = False, **policy: Any
+    ) -> Node:
         """A node over the image's files held by ``stores``."""
         geometry = self.geometry
         options = {
             "companions": list(stores[1:]),
             "has_backing": geometry.backing_by_user,
             "secret": geometry.secret or None,
+            "keep_bitmaps": keep_bitmaps,
         }
         top = await driver_for(geometry.fmt).open(stores[0], options, read_only=read_only)
         layers: list[FormatDriver] = [top]
