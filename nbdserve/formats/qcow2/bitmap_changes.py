@@ -43,23 +43,22 @@ _BATCH_BYTES: Final = 16 << 20
 
 async def check_new_bitmap(image: Qcow2Image, bitmap: DirtyBitmap) -> None:
     """``FormatDriver.check_new_bitmap``."""
-    entries = await read_bitmap_directory(image.storage, image.header)
-    try:
-        _refuse(image.header, bitmap)
-        if len(entries) >= layout.MAX_BITMAPS:
-            raise ConfigError("Maximum number of persistent bitmaps is already reached")
-    except ConfigError as error:
-        raise ConfigError(f"Can't make bitmap '{bitmap.name}' persistent in '{image.path}': {error}") from None
+    _refuse(image, bitmap, others=len(await read_bitmap_directory(image.storage, image.header)))
 
 
-def _refuse(header: Header, bitmap: DirtyBitmap) -> None:
-    """ConfigError for what an image cannot hold, or QEMU would not open."""
-    if header.version < 3:
-        raise ConfigError("Cannot store dirty bitmaps in qcow2 v2 files")
-    if bitmap.bits.size == 0:
-        raise ConfigError("The image has no size, and a bitmap of nothing cannot be stored")
-    if bitmap.bits.size > MAX_STORED_BITS:
-        raise ConfigError("Too much space will be occupied by the bitmap. Use larger granularity")
+def _refuse(image: Qcow2Image, bitmap: DirtyBitmap, others: int) -> None:
+    """ConfigError for a bitmap that the image cannot hold besides so many, or QEMU would not open."""
+    problem = ""
+    if image.header.version < 3:
+        problem = "Cannot store dirty bitmaps in qcow2 v2 files"
+    elif bitmap.bits.size == 0:
+        problem = "The disk has no size, and a bitmap of nothing cannot be stored"
+    elif bitmap.bits.size > MAX_STORED_BITS:
+        problem = "Too much space will be occupied by the bitmap. Use larger granularity"
+    elif others >= layout.MAX_BITMAPS:
+        problem = "Maximum number of persistent bitmaps is already reached"
+    if problem:
+        raise ConfigError(f"Can't make bitmap '{bitmap.name}' persistent in '{image.path}': {problem}")
 
 
 async def store_bitmaps(image: Qcow2Image, changes: Mapping[str, DirtyBitmap | None]) -> None:
@@ -164,7 +163,7 @@ class _Writer:
     async def add(self, bitmap: DirtyBitmap) -> None:
         """Write the next one."""
         assert bitmap.name is not None
-        _refuse(self._before, bitmap)
+        _refuse(self._image, bitmap, others=len(self._entries))
         words = await self._write_bits(bitmap.bits)
         self._entries.append(
             BitmapEntry(
@@ -180,7 +179,7 @@ class _Writer:
         """Write the directory; the header that names it, which may be put in force."""
         image, entries = self._image, self._entries
         data = build_directory(entries)
-        if len(data) > MAX_DIRECTORY_BYTES or len(entries) > layout.MAX_BITMAPS:
+        if len(data) > MAX_DIRECTORY_BYTES:
             raise ConfigError(f"{image.path}: No space in the bitmap directory")
         host_offset = await self._write_table(data) if entries else 0
         if entries:
