@@ -146,6 +146,8 @@ class FormatDriver(ABC):
     create_options: ClassVar[tuple[CreateOption, ...]] = ()
     amend_options: ClassVar[tuple[CreateOption, ...]] = ()
     """What ``amend`` takes."""
+    key_options: ClassVar[tuple[CreateOption, ...]] = ()
+    """What ``amend_keys`` takes."""
     has_snapshots: ClassVar[bool] = False
     """``open`` takes ``snapshot``, the id or name of an internal snapshot, and is then read-only."""
     backing_formats: ClassVar[tuple[str, ...] | None] = ()
@@ -412,6 +414,17 @@ class FormatDriver(ABC):
 
         No request is under way; what the engine remembers of the mapping is void afterwards. ConfigError, with nothing
         changed, for what cannot be; CorruptImageError for an image that has to be repaired first.
+        """
+        raise NotImplementedError
+
+    async def amend_keys(
+        self, options: Mapping[str, str], secrets: Mapping[str, bytes], *, secret: bytes | None, force: bool = False
+    ) -> None:
+        """Give an encrypted image another passphrase, or take one away; it may be in use. Stable on return.
+
+        ``options`` are of ``key_options``; they name ``secrets`` by their ids. ``secret`` is the passphrase it was
+        opened with, None if none was needed. ConfigError, with nothing changed, for what cannot be, and without
+        ``force`` for what may leave nobody who can open it; ImageError where ``secret`` does not.
         """
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""Making an image, as a job."""
+"""Making an image, or changing what was decided then, as a job."""
 
 from __future__ import annotations
 
@@ -23,3 +23,9 @@ class Create(Job):
             await self._make()
         finally:
             self.current_progress = 1
+
+
+class Amend(Create):
+    """The same for a change of an image there is."""
+
+    type: ClassVar[str] = "amend"

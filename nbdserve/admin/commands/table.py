@@ -6,6 +6,7 @@ from typing import Final
 
 from nbdserve.admin.command import Command
 from nbdserve.admin.commands import (
+    amend,
     backup,
     bitmaps,
     blockstats,
@@ -32,6 +33,7 @@ _MODULES: Final = (
     nodes,
     reopen,
     create,
+    amend,
     blockstats,
     exports,
     bitmaps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import (
     FormatOption,
+    ObjectsOption,
     QuietOption,
     RootsOption,
     SecretEnvOption,
@@ -22,9 +24,9 @@ from nbdserve.cli.image.create import parse_option_list
 from nbdserve.cli.image.resize import resize_image
 from nbdserve.cli.usage import UsageError
 from nbdserve.config.image_opts import image_from_filename
-from nbdserve.config.secrets import chosen_secret
+from nbdserve.config.secrets import chosen_secret, secrets_of_objects
 from nbdserve.errors import ConfigError, naming
-from nbdserve.formats.base import FormatDriver
+from nbdserve.formats.base import CreateOption, FormatDriver
 from nbdserve.formats.registry import driver_for
 from nbdserve.storage.roots import ImageRoots
 
@@ -40,8 +42,10 @@ def amend(
     image_root: RootsOption = None,
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,
+    objects: ObjectsOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Also when nobody may be able to open it afterwards.")] = False,
 ) -> int:
-    """Change what was decided when an image was made: its version, its refcounts' width, its backing file, its size."""
+    """Change what was decided when an image was made: version, refcounts' width, backing file, size, passphrases."""
     if not options:
         raise UsageError("Must specify options (-o)")
     chosen = parse_option_list(options)
@@ -53,38 +57,59 @@ def amend(
     spec = image_from_filename(
         file, ImageSpec(file, format_name, discard="unmap", secret=chosen_secret(secret_file, secret_env))
     )
-    asyncio.run(_amend(spec, chosen, roots_for(spec.path, image_root)))
+    keys = _KeyChanges(secrets_of_objects(objects or []), force)
+    asyncio.run(_amend(spec, chosen, roots_for(spec.path, image_root), keys))
     return 0
 
 
+@dataclass(frozen=True, slots=True)
+class _KeyChanges:
+    """What changes of passphrases refer to."""
+
+    secrets: dict[str, bytes]
+    force: bool
+
+
 def _help(driver: type[FormatDriver]) -> str:
-    if not driver.can("amend"):
+    options = [*driver.amend_options, *driver.key_options]
+    if not options:
         raise ConfigError(f"Format driver '{driver.name}' does not support option amendment")
-    lines = [f"  {option.name + '=<...>':<22} - {option.help}" for option in driver.amend_options]
-    return (
-        "\n".join([f"Amend options for '{driver.name}':", *lines, f"  {'size=<...>':<22} - Virtual disk size"]) + "\n"
-    )
+    if driver.can("amend"):
+        options.append(CreateOption("size", "Virtual disk size"))
+    lines = [f"  {option.name + '=<...>':<22} - {option.help}" for option in options]
+    return "\n".join([f"Amend options for '{driver.name}':", *lines]) + "\n"
 
 
-async def _amend(spec: ImageSpec, options: dict[str, str], roots: ImageRoots) -> None:
+async def _amend(spec: ImageSpec, options: dict[str, str], roots: ImageRoots, keys: _KeyChanges) -> None:
     size = options.pop("size", None)
     if size is not None:
         parsed_size(size, "image size")
     # Version 2 with snapshots has one size for good.
     downgrade = size is not None and options.get("compat") in ("0.10", "v2")
-    await _amend_layer(spec, {} if downgrade else options, roots)
+    await _amend_layer(spec, {} if downgrade else options, roots, keys, resizes=size is not None)
     if size is not None:
         await resize_image(spec, roots, size, shrink=True)
     if downgrade:
-        await _amend_layer(spec, options, roots)
+        await _amend_layer(spec, options, roots, keys)
 
 
-async def _amend_layer(spec: ImageSpec, options: dict[str, str], roots: ImageRoots) -> None:
+async def _amend_layer(
+    spec: ImageSpec, options: dict[str, str], roots: ImageRoots, keys: _KeyChanges, *, resizes: bool = False
+) -> None:
     layer = await open_layer(spec.path, spec.format, roots, writable=True)
     try:
+        names = {option.name for option in layer.key_options}
+        changes = {name: value for name, value in options.items() if name in names}
+        others = {name: value for name, value in options.items() if name not in names}
         if not layer.can("amend"):
-            raise ConfigError(f"Format driver '{layer.name}' does not support option amendment")
+            if not names:
+                raise ConfigError(f"Format driver '{layer.name}' does not support option amendment")
+            if others or resizes:
+                raise ConfigError(f"Invalid parameter '{next(iter(others), 'size')}'")
         with naming(spec.path):
-            await layer.amend(options)
+            if layer.can("amend") and (others or not changes):
+                await layer.amend(others)
+            if changes:
+                await layer.amend_keys(changes, keys.secrets, secret=spec.secret, force=keys.force)
     finally:
         await layer.close()

@@ -55,8 +55,8 @@ class ImageCommands(LazyGroup):
         ),
         "amend": _place(
             "amend",
-            "Change what was decided when an image was made: its version, its refcounts' width, its backing file, "
-            "its size.",
+            "Change what was decided when an image was made: version, refcounts' width, backing file, size, "
+            "passphrases.",
         ),
         "bitmap": _place("bitmap", "Change a dirty bitmap stored in an image that nobody is using.", "app"),
         "raw-cow": _place(

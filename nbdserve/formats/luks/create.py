@@ -59,14 +59,9 @@ async def new_volume(options: VolumeOptions, secret: bytes) -> tuple[Header, Seq
 def _new_volume(options: VolumeOptions, secret: bytes) -> tuple[Header, Sequence[tuple[int, bytes]]]:
     spec, hash_name = options.cipher, options.hash
     offsets, payload_offset = layout.slot_offsets(spec)
-    seconds = options.iter_time_ms / 1000
-    speed = iterations_per_second(hash_name)
-    iterations = _iterations(speed * seconds / pbkdf2_blocks(hash_name, spec.key_bytes))
-    digest_iterations = _iterations(speed * seconds / _DIGEST_SHARE / pbkdf2_blocks(hash_name, layout.DIGEST_BYTES))
-    key, salt, digest_salt = os.urandom(spec.key_bytes), os.urandom(layout.SALT_BYTES), os.urandom(layout.SALT_BYTES)
-    slot_key = hashlib.pbkdf2_hmac(hash_name, secret, salt, iterations, spec.key_bytes)
-    material = antiforensic.split(key, layout.STRIPES, hash_name)
-    material += bytes(spec.material_bytes - len(material))
+    digest_iterations = _iterations(hash_name, layout.DIGEST_BYTES, options.iter_time_ms / _DIGEST_SHARE)
+    key, digest_salt = os.urandom(spec.key_bytes), os.urandom(layout.SALT_BYTES)
+    slot, material = new_slot(spec, hash_name, key, secret, options.iter_time_ms, offsets[0])
     header = Header(
         cipher=spec,
         hash=hash_name,
@@ -76,17 +71,28 @@ def _new_volume(options: VolumeOptions, secret: bytes) -> tuple[Header, Sequence
         digest_iterations=digest_iterations,
         uuid=str(uuid.uuid4()),
         slots=tuple(
-            KeySlot(True, iterations, salt, offset)
-            if number == 0
-            else KeySlot(False, 0, bytes(layout.SALT_BYTES), offset)
+            slot if number == 0 else KeySlot(False, 0, bytes(layout.SALT_BYTES), offset)
             for number, offset in enumerate(offsets)
         ),
     )
-    encrypted = bytes(make_cipher(spec, slot_key).encrypt(0, material))
-    return header, [(0, header.build()), (offsets[0], encrypted)]
+    return header, [(0, header.build()), (offsets[0], material)]
 
 
-def _iterations(wanted: float) -> int:
+def new_slot(
+    spec: CipherSpec, hash_name: str, key: bytes, secret: bytes, iter_time_ms: int, offset: int
+) -> tuple[KeySlot, bytes]:
+    """A slot in which ``secret`` opens the volume ``key``, and its key material, which is to be at ``offset``. Slow."""
+    iterations = _iterations(hash_name, spec.key_bytes, iter_time_ms)
+    salt = os.urandom(layout.SALT_BYTES)
+    slot_key = hashlib.pbkdf2_hmac(hash_name, secret, salt, iterations, spec.key_bytes)
+    material = antiforensic.split(key, layout.STRIPES, hash_name)
+    material += bytes(spec.material_bytes - len(material))
+    return KeySlot(True, iterations, salt, offset), bytes(make_cipher(spec, slot_key).encrypt(0, material))
+
+
+def _iterations(hash_name: str, output_bytes: int, milliseconds: float) -> int:
+    """Of PBKDF2 in that time."""
+    wanted = iterations_per_second(hash_name) * milliseconds / 1000 / pbkdf2_blocks(hash_name, output_bytes)
     return max(_MIN_ITERATIONS, min(int(wanted), _MAX_ITERATIONS))
 
 
@@ -118,10 +124,16 @@ def parse_volume_options(options: Mapping[str, str]) -> VolumeOptions:
             essiv_key(b"", iv_hash)
         except ValueError as error:
             raise ConfigError(f"ivgen-hash-alg={iv_hash}: {error}") from None
-    text = options.get("iter-time", "2000")
+    milliseconds = parse_iter_time(options.get("iter-time"))
+    return VolumeOptions(CipherSpec(mode, generator, iv_hash, key_bytes), hash_name, milliseconds)
+
+
+def parse_iter_time(text: str | None) -> int:
+    """Milliseconds of PBKDF2. ConfigError."""
+    text = text or "2000"
     if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) <= MAX_ITER_TIME_MS):
         raise ConfigError(f"iter-time={text}: expects milliseconds, at most {MAX_ITER_TIME_MS}")
-    return VolumeOptions(CipherSpec(mode, generator, iv_hash, key_bytes), hash_name, int(text))
+    return int(text)
 
 
 def passphrase(secret: bytes | None) -> bytes:

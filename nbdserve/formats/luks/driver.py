@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
@@ -12,9 +13,10 @@ from nbdserve.formats.encryption.ciphers import SectorCipher
 from nbdserve.formats.encryption.storage import EncryptedStorage
 from nbdserve.formats.luks import layout
 from nbdserve.formats.luks.create import new_volume, parse_volume_options, passphrase
+from nbdserve.formats.luks.key_slots import change_key_slots, parse_slot_change
 from nbdserve.formats.luks.keys import open_volume
 from nbdserve.formats.luks.layout import Header
-from nbdserve.formats.luks.options import VOLUME_OPTIONS
+from nbdserve.formats.luks.options import KEY_OPTIONS, VOLUME_OPTIONS
 from nbdserve.storage.base import Storage
 from nbdserve.units import SECTOR_SIZE, align_up
 
@@ -27,6 +29,7 @@ class LuksDriver(FormatDriver):
 
     name = "luks"
     create_options: ClassVar[tuple[CreateOption, ...]] = (*VOLUME_OPTIONS, CreateOption("size", "Virtual disk size"))
+    key_options: ClassVar[tuple[CreateOption, ...]] = KEY_OPTIONS
 
     def __init__(self, storage: Storage, header: Header, cipher: SectorCipher, *, read_only: bool) -> None:
         self.path = storage.path
@@ -37,6 +40,7 @@ class LuksDriver(FormatDriver):
         self.size = align_up(storage.size - header.payload_offset, SECTOR_SIZE)
         self.cluster_size = self.granularity = 1
         self.keeps_places = True
+        self._changing_keys = asyncio.Lock()
 
     @classmethod
     async def open(cls, storage: Storage, options: Mapping[str, Any], *, read_only: bool) -> Self:
@@ -112,6 +116,14 @@ class LuksDriver(FormatDriver):
         await self.data.truncate(size)
         await self.data.flush()
         self.size = size
+
+    async def amend_keys(
+        self, options: Mapping[str, str], secrets: Mapping[str, bytes], *, secret: bytes | None, force: bool = False
+    ) -> None:
+        """Change key slots, where the driver was opened read-only, too."""
+        change = parse_slot_change(options, secrets)
+        async with self._changing_keys:
+            self.header = await change_key_slots(self.storage, 0, self.storage.size, change, secret=secret, force=force)
 
     async def close(self) -> None:
         """Flush and release; there is no clean-close mark."""

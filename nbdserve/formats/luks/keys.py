@@ -12,7 +12,7 @@ import functools
 import hashlib
 import hmac
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 from nbdserve.errors import CorruptImageError, ImageError, UnsupportedImageError
@@ -52,7 +52,7 @@ async def open_volume(header: Header, storage: Storage, offset: int, options: Ma
     if options.get("metadata_only"):
         return LockedCipher(storage.path)
     allowed = options.get("unlock_seconds", UNLOCK_SECONDS)
-    key = await _unlock(header, storage, offset, needed_secret(options, storage.path), allowed)
+    key = await unlock(header, storage, offset, needed_secret(options, storage.path), allowed)
     return make_cipher(header.cipher, key)
 
 
@@ -79,8 +79,22 @@ def is_available(hash_name: str) -> bool:
     return True
 
 
-async def _unlock(header: Header, storage: Storage, offset: int, secret: bytes, allowed: float) -> bytes:
+async def unlock(header: Header, storage: Storage, offset: int, secret: bytes, allowed: float) -> bytes:
     """The volume key, from the first slot that the passphrase opens, within ``allowed`` seconds."""
+    async for _, key in open_slots(header, storage, offset, secret, allowed):
+        return key
+    tried = [number for number, slot in enumerate(header.slots) if slot.active]
+    problem = "the secret opens none of them" if tried else "none is in use, so no secret can open it"
+    raise ImageError(storage.path, problem, field="LUKS key slots", value=tried)
+
+
+async def open_slots(
+    header: Header, storage: Storage, offset: int, secret: bytes, allowed: float
+) -> AsyncIterator[tuple[int, bytes]]:
+    """The slots that the passphrase opens, ascending, each with the volume key; all within ``allowed`` seconds.
+
+    UnsupportedImageError before one that would take longer.
+    """
     pool, path, key_bytes = worker_pool(), storage.path, header.cipher.key_bytes
     speed = await pool.run(iterations_per_second, header.hash)
     spent = 0.0
@@ -97,20 +111,15 @@ async def _unlock(header: Header, storage: Storage, offset: int, secret: bytes, 
                 hint="nbdserve serve --unlock-seconds allows more",
             )
 
-    tried: list[int] = []
     for number, slot in enumerate(header.slots):
         if not slot.active:
             continue
-        tried.append(number)
         charge(f"LUKS key slot {number} iterations", slot.iterations, key_bytes)
         charge("LUKS key iterations", header.digest_iterations, layout.DIGEST_BYTES)
         material = await storage.read(offset + slot.offset, header.cipher.material_bytes)
         key = await pool.run(_open_slot, header, slot, material, secret)
         if key is not None:
-            return key
-    if not tried:
-        raise ImageError(path, "none is in use, so no secret can open it", field="LUKS key slots", value=tried)
-    raise ImageError(path, "the secret opens none of them", field="LUKS key slots", value=tried)
+            yield number, key
 
 
 def _open_slot(header: Header, slot: KeySlot, material: bytearray, secret: bytes) -> bytes | None:

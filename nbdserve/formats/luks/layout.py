@@ -51,8 +51,11 @@ HEADER: Final[Any] = c.Struct(
     "uuid" / c.Bytes(40),
     "key_slots" / c.Array(KEY_SLOTS, KEY_SLOT),
 )
-HEADER_BYTES: Final = HEADER.sizeof()
+HEADER_BYTES: Final[int] = HEADER.sizeof()
 """592"""
+SLOT_BYTES: Final[int] = KEY_SLOT.sizeof()
+SLOTS_AT: Final = HEADER_BYTES - KEY_SLOTS * SLOT_BYTES
+"""Where the slots begin in the header."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,21 @@ class KeySlot:
     offset: int
     """Of the key material, bytes from the start of the header."""
     stripes: int = STRIPES
+
+    def fields(self) -> dict[str, Any]:
+        """As the header has them."""
+        return {
+            "state": SLOT_ACTIVE if self.active else SLOT_INACTIVE,
+            "iterations": self.iterations,
+            "salt": self.salt,
+            "key_material_sector": self.offset // SECTOR_SIZE,
+            "stripes": self.stripes,
+        }
+
+    def build(self) -> bytes:
+        """Its 48 bytes of the header."""
+        data: bytes = KEY_SLOT.build(self.fields())
+        return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,16 +187,7 @@ class Header:
                 "digest_salt": self.digest_salt,
                 "digest_iterations": self.digest_iterations,
                 "uuid": self.uuid.encode().ljust(40, b"\0"),
-                "key_slots": [
-                    {
-                        "state": SLOT_ACTIVE if slot.active else SLOT_INACTIVE,
-                        "iterations": slot.iterations,
-                        "salt": slot.salt,
-                        "key_material_sector": slot.offset // SECTOR_SIZE,
-                        "stripes": slot.stripes,
-                    }
-                    for slot in self.slots
-                ],
+                "key_slots": [slot.fields() for slot in self.slots],
             }
         )
         return data

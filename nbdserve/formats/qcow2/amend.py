@@ -44,8 +44,6 @@ class Amendment:
 def parse_amendment(options: Mapping[str, str]) -> Amendment:
     """The options as after ``-o``, without ``size``. ConfigError for a bad one."""
     for name in options:
-        if name.startswith("encrypt."):
-            raise ConfigError(f"{name}: keys are not changed here: use qemu-img amend")
         if name not in AMENDABLE:
             only = any(option.name == name for option in CREATE_OPTIONS)
             raise ConfigError(

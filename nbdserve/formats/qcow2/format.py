@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from nbdserve.errors import ConfigError
 from nbdserve.formats.base import CreateOption, FormatDriver, ImageInfo
+from nbdserve.formats.luks.options import KEY_OPTIONS
 from nbdserve.formats.qcow2 import layout
 from nbdserve.formats.qcow2.create import CREATE_OPTIONS, create_qcow2, parse_encryption, plan_image, virtual_size
 from nbdserve.formats.qcow2.header import Header
@@ -27,6 +29,8 @@ AMENDABLE: Final = (
     "refcount_bits",
 )
 _AMEND_OPTIONS: Final = tuple(replace(option, default="") for option in CREATE_OPTIONS if option.name in AMENDABLE)
+_ENCRYPT: Final = "encrypt."
+_KEY_OPTIONS: Final = tuple(replace(option, name=_ENCRYPT + option.name) for option in KEY_OPTIONS)
 
 
 class Qcow2Format(FormatDriver):
@@ -35,6 +39,7 @@ class Qcow2Format(FormatDriver):
     name: ClassVar[str] = "qcow2"
     create_options: ClassVar[tuple[CreateOption, ...]] = CREATE_OPTIONS
     amend_options: ClassVar[tuple[CreateOption, ...]] = _AMEND_OPTIONS
+    key_options: ClassVar[tuple[CreateOption, ...]] = _KEY_OPTIONS
     backing_formats: ClassVar[tuple[str, ...] | None] = None
     has_snapshots: ClassVar[bool] = True
     abandons_freely: ClassVar[bool] = True
@@ -45,6 +50,7 @@ class Qcow2Format(FormatDriver):
     header: Header
     snapshots: Sequence[Snapshot] = ()
     _luks_header: LuksHeader | None = None
+    _changing_keys: asyncio.Lock
     _marking: asyncio.Task[None] | None = None
     """Sets the corrupt bit in the header."""
 
@@ -82,6 +88,21 @@ class Qcow2Format(FormatDriver):
         """Make ``storage`` an empty image of ``size`` bytes."""
         data_file = companions[0] if companions else None
         await create_qcow2(storage, size, options, data_file_storage=data_file, secret=secret)
+
+    async def amend_keys(
+        self, options: Mapping[str, str], secrets: Mapping[str, bytes], *, secret: bytes | None, force: bool = False
+    ) -> None:
+        """Change the key slots of LUKS, where the driver was opened read-only, too."""
+        from nbdserve.formats.luks.key_slots import change_key_slots, parse_slot_change  # noqa: PLC0415  (rarely needed)
+
+        change = parse_slot_change(options, secrets, _ENCRYPT)
+        if self.header.crypt_method == layout.CRYPT_NONE:
+            raise ConfigError("image is not encrypted, can't amend")
+        if self.header.luks_area is None:
+            raise ConfigError("Only LUKS encryption options can be amended for qcow2")
+        offset, length = self.header.luks_area
+        async with self._changing_keys:
+            self._luks_header = await change_key_slots(self.storage, offset, length, change, secret=secret, force=force)
 
     def info(self) -> ImageInfo:
         """The facts of this layer."""

@@ -134,7 +134,7 @@ class Qcow2Image(Qcow2Format):
         data, luks_header = await open_encryption(storage, data_file, header, options)
         driver = cls._class_for(header)(storage, data, header, l1, options)
         driver.data_file = data_file
-        driver._luks_header = luks_header
+        driver._luks_header, driver._changing_keys = luks_header, asyncio.Lock()
         driver.snapshots = snapshots
         if snapshot is not None and snapshot.disk_size is not None:
             driver.size = snapshot.disk_size

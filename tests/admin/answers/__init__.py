@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from tests.admin.answers import bitmaps, exports, jobs, nodes, objects, snapshots, throttle, transactions
+from tests.admin.answers import amend, bitmaps, exports, jobs, nodes, objects, snapshots, throttle, transactions
 from tests.admin.answers.row import Row
 
 ALL: Final[dict[str, list[Row]]] = {
@@ -19,4 +19,5 @@ ALL: Final[dict[str, list[Row]]] = {
     "transactions": transactions.ROWS,
     "jobs": jobs.ROWS,
     "snapshots": snapshots.ROWS,
+    "amend": amend.ROWS,
 }
