@@ -7,7 +7,7 @@ which a command may mean a layer of a chain.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
@@ -47,6 +47,10 @@ class NodeEntry:
     """What a ``copy-before-write`` node keeps; its node is that of the disk, which is not its own to close."""
     objects: list[ObjectEntry] = field(default_factory=list)
     """Objects it uses."""
+    stands_on: list[NodeEntry] = field(default_factory=list)
+    """The node whose images are below its own since it was opened again: at most one."""
+    foundation: FormatDriver | None = None
+    """The first of those; when it has left the chain, so has that node."""
     permanent: bool = False
     """Opened at the start: not to be deleted."""
 
@@ -66,7 +70,23 @@ class NodeEntry:
             users.append(self.label)
 
     def _used(self) -> list[list[str]]:
-        return [child.users for child in self.children] + [used.users for used in self.objects]
+        entries = [*self.children, *self.stands_on]
+        return [entry.users for entry in entries] + [used.users for used in self.objects]
+
+    def stand_on(self, below: Sequence[NodeEntry]) -> None:
+        """Let go of what was below, and use this, whose images are below now."""
+        for entry in self.stands_on:
+            entry.users.remove(self.label)
+        self.stands_on = list(below)
+        self.foundation = self.layers[1] if below else None
+        for entry in below:
+            entry.users.append(self.label)
+
+    def is_on(self, entry: NodeEntry) -> bool:
+        """Whether it stands on ``entry``, which a job may have changed."""
+        if entry in self.stands_on and self.foundation not in self.layers:
+            self.stand_on(())
+        return entry in self.stands_on
 
     async def close(self) -> None:
         """Close what it has opened, and let go of its children."""
@@ -210,6 +230,9 @@ class NodeTable:
             raise QmpError(f"Failed to find node with node-name='{name}'")
         if entry.permanent:
             raise QmpError(f"Node {name} is not owned by the monitor")
+        for other in self:
+            if other.is_on(entry):
+                raise QmpError(f"Node '{name}' is busy: node is used as backing hd of '{other.name}'")
         if any(user.startswith("node ") for user in entry.users):
             raise QmpError(f"Block device {name} is in use")
         if entry.users:

@@ -348,9 +348,7 @@ async def reopen(node: Node, index: int, *, read_only: bool) -> FormatDriver:
 
 async def _reopen(node: Node, index: int, *, read_only: bool) -> FormatDriver:
     old = node.layers[index]
-    origin, storage = old.origin, old.storage
-    if not isinstance(origin, Origin) or not isinstance(storage, FileStorage):
-        raise ImageError(old.path, "the image is part of another and cannot be opened again")
+    origin, storage = _place_of(old)
     try:
         fds = [storage.descriptor(read_only=mode) for mode in (read_only, storage.read_only)]
     except OSError as error:
@@ -373,6 +371,18 @@ async def _reopen(node: Node, index: int, *, read_only: bool) -> FormatDriver:
     if failure is not None:
         raise failure
     return new
+
+
+async def open_again(layer: FormatDriver) -> FormatDriver:
+    """The image of ``layer`` once more, read-only. ImageError, OSError as for ``reopen``."""
+    origin, storage = _place_of(layer)
+    return await _open_fd(storage.descriptor(read_only=True), layer, origin, read_only=True)
+
+
+def _place_of(layer: FormatDriver) -> tuple[Origin, FileStorage]:
+    if isinstance(layer.origin, Origin) and isinstance(layer.storage, FileStorage):
+        return layer.origin, layer.storage
+    raise ImageError(layer.path, "the image is part of another and cannot be opened again")
 
 
 async def close_to_writing(node: Node, index: int) -> None:

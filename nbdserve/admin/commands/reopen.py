@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from nbdserve.admin.blockdev import BlockdevOptions, FileOptions, ImageOptions, LuksOptions, RawOptions
@@ -15,9 +16,15 @@ from nbdserve.admin.opening import cache_mode
 from nbdserve.admin.paths import full_path
 from nbdserve.admin.schema import Arguments
 from nbdserve.admin.transaction import Action, execute
-from nbdserve.block.graph import Origin, reopen
+from nbdserve.block.graph import Origin, open_again, reopen
 from nbdserve.block.node import Node
+from nbdserve.block.spec import BackingSpec, ImageSpec
+from nbdserve.errors import RequestError
+from nbdserve.formats.base import FormatDriver
 from nbdserve.storage.base import Storage
+
+_WRITETHROUGH: Final = ("writethrough", "directsync")
+"""What QMP has no word for, of disks that were opened at the start."""
 
 
 class ReopenOptions(Arguments):
@@ -29,13 +36,32 @@ class ReopenOptions(Arguments):
 _Reopened = FileOptions | RawOptions | ImageOptions | LuksOptions
 
 
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What may be changed of a node."""
+
+    read_only: bool
+    unmap: bool
+    detect_zeroes: str
+    cache: str
+    below: Sequence[FormatDriver]
+    """The layers below the top one."""
+    stands_on: Sequence[NodeEntry]
+    backing: BackingSpec
+    """As the top layer is told of what is below."""
+
+
 class Reopen(Action):
-    """``read-only``, ``discard`` and ``detect-zeroes`` of one node become what is given, or the default."""
+    """What may be changed of one node becomes what is given, or the default: flags, cache, and what is below."""
 
     def __init__(self, control: Control, given: BlockdevOptions) -> None:
         self._control = control
         self._given = given
-        self._before: tuple[bool, bool, str] | None = None
+        self._before: _State | None = None
+        self._opened: list[FormatDriver] = []
+        """Layers that are new in the chain."""
+        self._dropped: Sequence[FormatDriver] = ()
+        """Layers that have left it."""
 
     @property
     def _entry(self) -> NodeEntry:
@@ -58,16 +84,79 @@ class Reopen(Action):
         self._check_file(given, entry)
         if given.driver != entry.driver:
             raise QmpError("Cannot change the option 'driver'")
-        if cache_mode(given) != entry.cache:
-            raise QmpError("Cannot change the option 'cache'")
-        if isinstance(given, ImageOptions) and "backing" in given.model_fields_set:
-            raise QmpError("'backing': block-stream, block-commit and blockdev-snapshot change what is below a layer")
         self._control.jobs.check_free(entry)
         if given.read_only and self._is_written(entry):
             raise QmpError(f"Read-only block node '{entry.name}' cannot support read-write users")
-        before = node.read_only, node.unmap, node.detect_zeroes
-        await self._open(entry, given.read_only, given.discard == "unmap", given.detect_zeroes)
+        if not given.read_only and any(other.is_on(entry) for other in self._control.nodes):
+            raise QmpError(f"Node '{entry.name}' is used as a backing file: it stays read-only")
+        origin = node.top.origin
+        if not isinstance(origin, Origin):
+            raise QmpError(f"'{entry.name}': its file cannot be opened again")
+        before = _State(
+            node.read_only,
+            node.unmap,
+            node.detect_zeroes,
+            entry.cache,
+            node.layers[1:],
+            entry.stands_on,
+            origin.spec.backing,
+        )
+        cache = entry.cache if given.cache is None and entry.cache in _WRITETHROUGH else cache_mode(given)
+        wanted = replace(
+            before,
+            read_only=given.read_only,
+            unmap=given.discard == "unmap",
+            detect_zeroes=given.detect_zeroes,
+            cache=cache,
+        )
+        try:
+            wanted = await self._with_backing(given, entry, wanted)
+            await self._become(entry, wanted, before)
+        except BaseException:
+            await _close(self._opened)
+            raise
         self._before = before
+
+    async def _with_backing(self, given: _Reopened, entry: NodeEntry, state: _State) -> _State:
+        """The layers that are to be below; new ones are open, and belong to this action."""
+        if not isinstance(given, ImageOptions):
+            return state
+        top, name = entry.node.top, given.backing
+        if "backing" not in given.model_fields_set:
+            if state.below or top.backing is not None:
+                raise QmpError(f"backing is missing for '{entry.name}'")
+            return state
+        if name is None:
+            return replace(state, below=(), stands_on=(), backing=None)
+        if not isinstance(name, str):
+            raise QmpError("Cannot change the option 'backing.driver'")
+        found = self._control.nodes.find(name)
+        if found is None:
+            raise QmpError(f"Cannot find device='' nor node-name='{name}'")
+        if entry.is_on(found):
+            return state
+        if found is entry:
+            index = next((number for number, layer in enumerate(entry.layers) if self._is_named(layer, name)), 0)
+            if not index:
+                raise QmpError(f"Making '{name}' a backing child of '{entry.name}' would create a cycle")
+            return replace(state, below=entry.layers[index:])
+        if found.name != name or found.is_filter or found.inner is not None:
+            raise QmpError(f"'{name}' cannot be a backing file here: give the node of a whole image")
+        if entry in _below(found):
+            raise QmpError(f"Making '{name}' a backing child of '{entry.name}' would create a cycle")
+        if top.backing_formats == ():
+            raise QmpError(f"{top.name} images have no backing file")
+        if not found.node.read_only:
+            raise QmpError(f"Node '{name}' is open for writing: open it read-only, for it to be a backing file")
+        below = self._opened
+        for layer in found.layers:
+            below.append(await open_again(layer))
+            above = below[-2] if len(below) > 1 else top
+            above.accept_backing(below[-1])
+        return replace(state, below=below, stands_on=[found], backing=ImageSpec(below[0].path, below[0].name))
+
+    def _is_named(self, layer: FormatDriver, name: str) -> bool:
+        return self._control.nodes.part_name(layer) == name
 
     def _is_written(self, entry: NodeEntry) -> bool:
         exported = any(export.entry is entry and not export.export.read_only for export in self._control.exports)
@@ -87,30 +176,60 @@ class Reopen(Action):
         if not is_same:
             raise QmpError("Cannot change the option 'filename'")
 
-    async def _open(self, entry: NodeEntry, read_only: bool, unmap: bool, detect_zeroes: str) -> None:
+    async def _become(self, entry: NodeEntry, wanted: _State, before: _State) -> None:
+        """Open the top layer again, over what is to be below it. Whatever fails, the node is as it was."""
         node, old = entry.node, entry.node.top
-        origin, before = old.origin, (node.unmap, node.detect_zeroes)
-        if not isinstance(origin, Origin):
-            raise QmpError(f"'{entry.name}': its file cannot be opened again")
-        old.origin = replace(origin, spec=replace(origin.spec, discard="unmap" if unmap else "ignore"))
-        node.unmap, node.detect_zeroes = unmap, detect_zeroes
+        origin = old.origin
+        assert isinstance(origin, Origin)
+        discard = "unmap" if wanted.unmap else "ignore"
+        old.origin = replace(
+            origin, spec=replace(origin.spec, discard=discard, cache=wanted.cache, backing=wanted.backing)
+        )
+        _set(node, wanted)
         try:
-            await reopen(node, 0, read_only=read_only)
+            await reopen(node, 0, read_only=wanted.read_only)
         except BaseException:
-            node.unmap, node.detect_zeroes = before
+            _set(node, before)
             node.top.origin = origin
             raise
         finally:
             self._control.nodes.renew(entry, old, node.top)
+        entry.cache = wanted.cache
+        entry.stand_on(wanted.stands_on)
+        self._dropped = [layer for layer in before.below if layer not in wanted.below]
 
     async def abort(self) -> None:
         assert self._before is not None
-        await self._open(self._entry, *self._before)
+        await self._become(self._entry, self._before, self._before)
+        await _close(self._opened)
+
+    async def finish(self) -> None:
+        """Close what has left the chain."""
+        await _close(self._dropped)
+
+
+def _set(node: Node, state: _State) -> None:
+    node.unmap, node.detect_zeroes = state.unmap, state.detect_zeroes
+    node.replace_layers([node.top, *state.below])
+
+
+def _below(entry: NodeEntry) -> list[NodeEntry]:
+    """The nodes that it stands on, and those that they do."""
+    return [below for each in entry.stands_on for below in (each, *_below(each))]
+
+
+async def _close(layers: Sequence[FormatDriver]) -> None:
+    for layer in layers:
+        with contextlib.suppress(OSError, RequestError):  # read-only, and in no chain
+            await layer.close()
 
 
 async def blockdev_reopen(control: Control, arguments: ReopenOptions) -> None:
     """Change all of the nodes, or none; the requests of their clients are held back meanwhile."""
-    await execute([Reopen(control, given) for given in arguments.options])
+    actions = [Reopen(control, given) for given in arguments.options]
+    await execute(actions)
+    for action in actions:
+        await action.finish()
 
 
 COMMANDS: Final = (Command("blockdev-reopen", blockdev_reopen, ReopenOptions),)

@@ -1,6 +1,15 @@
 """What qemu-storage-daemon answers to commands about nodes: opening, closing and resizing them."""
 
+from typing import Any
+
 from tests.admin.answers.row import Row
+
+
+def _over(more: dict[str, Any] | None, answer: str | None) -> Row:
+    """The overlay is opened again."""
+    given = {"driver": "qcow2", "node-name": "o", "file": "of"} | (more or {})
+    return ("blockdev-reopen", {"options": [given]}, answer)
+
 
 ROWS: list[Row] = [
     ("blockdev-add", {}, "Parameter 'driver' is missing"),
@@ -202,4 +211,30 @@ ROWS: list[Row] = [
     ),
     ("blockdev-reopen", {"options": [{"driver": "file", "node-name": "f", "filename": "{D}/a.qcow2"}]}, None),
     ("blockdev-del", {"node-name": "f"}, None),
+    (
+        "blockdev-add",
+        {"driver": "qcow2", "node-name": "a", "read-only": True, "file": {"driver": "file", "filename": "{D}/a.qcow2"}},
+        None,
+    ),
+    (
+        "blockdev-add",
+        {
+            "driver": "qcow2",
+            "node-name": "o",
+            "file": {"driver": "file", "filename": "{D}/o.qcow2", "node-name": "of"},
+            "backing": None,
+        },
+        None,
+    ),
+    _over(None, "backing is missing for 'o'"),
+    _over({"backing": "zz"}, "Cannot find device='' nor node-name='zz'"),
+    _over({"backing": "o"}, "Making 'o' a backing child of 'o' would create a cycle"),
+    _over({"backing": "a"}, None),
+    ("blockdev-del", {"node-name": "a"}, "Node 'a' is busy: node is used as backing hd of 'o'"),
+    _over({"backing": {"driver": "null-co"}}, "Cannot change the option 'backing.driver'"),
+    _over({"backing": "a", "cache": {"no-flush": True}}, None),
+    _over({"backing": None}, None),
+    ("blockdev-del", {"node-name": "a"}, None),
+    _over(None, "backing is missing for 'o'"),
+    ("blockdev-del", {"node-name": "o"}, None),
 ]
