@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import tempfile
@@ -12,11 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from nbdserve.block.drain import uninterrupted
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
 from nbdserve.block.window import NodeStorage
-from nbdserve.errors import ConfigError, ImageError, RequestError
+from nbdserve.errors import ConfigError, ImageError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.probe import probe
 from nbdserve.formats.registry import DRIVERS, driver_for
@@ -208,7 +206,7 @@ async def _open_layers(
             name = await probe(storage)
             probed_raw = not layers and name == "raw"
         metadata_only = locked and spec.secret is not None
-        layer = await _open_layer(storage, name, spec, roots, files, read_only=read_only, metadata_only=metadata_only)
+        layer = await open_layer(storage, name, spec, roots, files, read_only=read_only, metadata_only=metadata_only)
         if layers:
             layers[-1].accept_backing(layer)
         layers.append(layer)
@@ -287,7 +285,7 @@ def _refuse_loop(storage: Storage, seen: dict[tuple[int, int], str], layers: lis
         )
 
 
-async def _open_layer(
+async def open_layer(
     storage: Storage,
     name: str,
     spec: ImageSpec,
@@ -297,6 +295,7 @@ async def _open_layer(
     read_only: bool,
     metadata_only: bool = False,
 ) -> FormatDriver:
+    """One layer of a chain, on its open file, which ``files`` closes like everything else. ImageError, OSError."""
     driver = driver_for(name, storage.path)
     options: dict[str, Any] = {
         "discard": spec.discard,
@@ -334,82 +333,6 @@ class Origin:
     spec: ImageSpec
     """Of this layer, with the format it has."""
     roots: ImageRoots
-
-
-async def reopen(node: Node, index: int, *, read_only: bool) -> FormatDriver:
-    """Open ``node.layers[index]`` again, for writing or not, in the place of the one there is; inside ``drained``.
-
-    The file is the same one, whatever its name has become; it is unlocked in between. ImageError, with the layer as it
-    was, when it cannot be: another process uses it, or the file may not be written. What closing the old one raises
-    (OSError, RequestError) is raised when the new one has taken its place; so is that the caller was cancelled.
-    """
-    return await uninterrupted(_reopen(node, index, read_only=read_only))
-
-
-async def _reopen(node: Node, index: int, *, read_only: bool) -> FormatDriver:
-    old = node.layers[index]
-    origin, storage = _place_of(old)
-    try:
-        fds = [storage.descriptor(read_only=mode) for mode in (read_only, storage.read_only)]
-    except OSError as error:
-        raise ImageError(old.path, f"cannot be opened again: {error.strerror}") from error
-    failure: OSError | RequestError | None = None
-    try:
-        try:
-            await old.close()
-        except (OSError, RequestError) as error:  # closed it is nevertheless, and clients go on reading
-            failure = error
-        try:
-            new = await _open_fd(fds.pop(0), old, origin, read_only=read_only)
-        except Exception:
-            await _replace(node, index, await _open_fd(fds.pop(0), old, origin, read_only=old.read_only))
-            raise
-    finally:
-        for fd in fds:
-            os.close(fd)
-    await _replace(node, index, new)
-    if failure is not None:
-        raise failure
-    return new
-
-
-async def open_again(layer: FormatDriver) -> FormatDriver:
-    """The image of ``layer`` once more, read-only. ImageError, OSError as for ``reopen``."""
-    origin, storage = _place_of(layer)
-    return await _open_fd(storage.descriptor(read_only=True), layer, origin, read_only=True)
-
-
-def _place_of(layer: FormatDriver) -> tuple[Origin, FileStorage]:
-    if isinstance(layer.origin, Origin) and isinstance(layer.storage, FileStorage):
-        return layer.origin, layer.storage
-    raise ImageError(layer.path, "the image is part of another and cannot be opened again")
-
-
-async def close_to_writing(node: Node, index: int) -> None:
-    """``reopen`` read-only a layer that nobody writes any more, and whose data was flushed; inside ``drained``.
-
-    If that fails it stays open for writing. If closing it does, it is not marked as closed cleanly, or has leaks.
-    """
-    with contextlib.suppress(ImageError, RequestError, OSError):
-        await reopen(node, index, read_only=True)
-
-
-async def _open_fd(fd: int, old: FormatDriver, origin: Origin, *, read_only: bool) -> FormatDriver:
-    spec = origin.spec
-    storage = await FileStorage.from_fd(fd, old.path, cache=spec.cache, force_share=spec.force_share)
-    async with AsyncExitStack() as files:
-        files.push_async_callback(storage.close)
-        layer = await _open_layer(storage, old.name, spec, origin.roots, files, read_only=read_only)
-        files.pop_all()
-    return layer
-
-
-async def _replace(node: Node, index: int, layer: FormatDriver) -> None:
-    layers = list(node.layers)
-    if index + 1 < len(layers):
-        layer.accept_backing(layers[index + 1])
-    layers[index] = layer
-    node.replace_layers(layers)
 
 
 async def _open_data_file(

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nbdserve.block.drain import uninterrupted
-from nbdserve.block.graph import close_to_writing, reopen
 from nbdserve.block.lower import LowerNode
 from nbdserve.block.node import Node
+from nbdserve.block.reopening import close_to_writing, reopen
 from nbdserve.errors import ImageError, JobError
 from nbdserve.formats.base import BackingReference, FormatDriver
 from nbdserve.jobs.live_copy import LiveCopy

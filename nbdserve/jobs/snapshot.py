@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from nbdserve.block.drain import drained
-from nbdserve.block.graph import Origin, close_to_writing, reopen
+from nbdserve.block.graph import Origin
 from nbdserve.block.node import Node
+from nbdserve.block.reopening import close_to_writing, reopen
 from nbdserve.block.spec import ImageSpec
 from nbdserve.errors import ConfigError, JobError
 from nbdserve.formats.base import FormatDriver

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.block.graph import reopen
+from nbdserve.block.reopening import reopen
 from nbdserve.errors import ConfigError, ImageError, JobError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.qcow2.driver import Qcow2Driver

@@ -16,8 +16,9 @@ from nbdserve.admin.opening import cache_mode
 from nbdserve.admin.paths import full_path
 from nbdserve.admin.schema import Arguments
 from nbdserve.admin.transaction import Action, execute
-from nbdserve.block.graph import Origin, open_again, reopen
+from nbdserve.block.graph import Origin
 from nbdserve.block.node import Node
+from nbdserve.block.reopening import open_again, reopen
 from nbdserve.block.spec import BackingSpec, ImageSpec
 from nbdserve.errors import RequestError
 from nbdserve.formats.base import FormatDriver
