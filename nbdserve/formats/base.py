@@ -428,6 +428,10 @@ class FormatDriver(ABC):
         """
         raise NotImplementedError
 
+    async def opens_with(self, secret: bytes) -> bool:
+        """Whether the passphrase opens the encrypted image as it is now, whatever it was opened with."""
+        raise NotImplementedError
+
     # --- internal snapshots ----------------------------------------------------------------------------------------
 
     async def create_snapshot(self, name: str, *, icount: int | None = None) -> SnapshotInfo:

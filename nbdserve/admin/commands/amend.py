@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Final, Literal, TypeAlias
 
 from pydantic import Tag
@@ -131,8 +132,15 @@ async def _change(control: Control, given: LuksAmendment | Qcow2Amendment, layer
         prefix, slots = "encrypt.", given.encrypt
     members = slots.model_dump(by_alias=True, exclude_none=True, exclude={"driver", "format"})
     options = {prefix + name: str(value) for name, value in members.items()}
-    secret = layer.origin.spec.secret if isinstance(layer.origin, Origin) else None
-    await layer.amend_keys(options, control.objects.secrets, secret=secret, force=force)
+    secrets, origin = control.objects.secrets, layer.origin
+    secret = origin.spec.secret if isinstance(origin, Origin) else None
+    await layer.amend_keys(options, secrets, secret=secret, force=force)
+    if isinstance(origin, Origin) and secret is not None and slots.state == "inactive":
+        # The image may have to be opened again, with a passphrase that is left.
+        for other in (secret, *secrets.values()):
+            if await layer.opens_with(other):
+                layer.origin = replace(origin, spec=replace(origin.spec, secret=other))
+                break
 
 
 COMMANDS: Final = (Command("x-blockdev-amend", blockdev_amend, AmendJob),)

@@ -14,7 +14,7 @@ from nbdserve.formats.encryption.storage import EncryptedStorage
 from nbdserve.formats.luks import layout
 from nbdserve.formats.luks.create import new_volume, parse_volume_options, passphrase
 from nbdserve.formats.luks.key_slots import change_key_slots, parse_slot_change
-from nbdserve.formats.luks.keys import open_volume
+from nbdserve.formats.luks.keys import open_volume, opens
 from nbdserve.formats.luks.layout import Header
 from nbdserve.formats.luks.options import KEY_OPTIONS, VOLUME_OPTIONS
 from nbdserve.storage.base import Storage
@@ -124,6 +124,10 @@ class LuksDriver(FormatDriver):
         change = parse_slot_change(options, secrets)
         async with self._changing_keys:
             self.header = await change_key_slots(self.storage, 0, self.storage.size, change, secret=secret, force=force)
+
+    async def opens_with(self, secret: bytes) -> bool:
+        """Whether it opens a key slot."""
+        return await opens(self.header, self.storage, 0, secret)
 
     async def close(self) -> None:
         """Flush and release; there is no clean-close mark."""

@@ -88,6 +88,13 @@ async def unlock(header: Header, storage: Storage, offset: int, secret: bytes, a
     raise ImageError(storage.path, problem, field="LUKS key slots", value=tried)
 
 
+async def opens(header: Header, storage: Storage, offset: int, secret: bytes) -> bool:
+    """Whether the passphrase opens a slot."""
+    async for _ in open_slots(header, storage, offset, secret, UNLOCK_SECONDS):
+        return True
+    return False
+
+
 async def open_slots(
     header: Header, storage: Storage, offset: int, secret: bytes, allowed: float
 ) -> AsyncIterator[tuple[int, bytes]]:

@@ -104,6 +104,14 @@ class Qcow2Format(FormatDriver):
         async with self._changing_keys:
             self._luks_header = await change_key_slots(self.storage, offset, length, change, secret=secret, force=force)
 
+    async def opens_with(self, secret: bytes) -> bool:
+        """Whether it opens a key slot of LUKS."""
+        from nbdserve.formats.luks.keys import opens  # noqa: PLC0415  (rarely needed)
+
+        assert self._luks_header is not None
+        assert self.header.luks_area is not None
+        return await opens(self._luks_header, self.storage, self.header.luks_area[0], secret)
+
     def info(self) -> ImageInfo:
         """The facts of this layer."""
         header = self.header

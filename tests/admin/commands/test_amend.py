@@ -61,6 +61,10 @@ def test_passphrases_come_and_go(client: RawClient, images: Path, driver: str) -
     assert str(change(state="inactive", keyslot=0)).startswith("Attempt to erase the only active keyslot 0")
     assert change(state="active", new_secret="b", iter_time=0) is None
     assert change(state="inactive", keyslot=0) is None
+    more = {} if driver == "luks" else {"backing": None}
+    assert client.execute("blockdev-reopen", options=[node | more | {"detect-zeroes": "on"}]) == {}, (
+        "with the other one"
+    )
     assert change(state="active", new_secret="a", iter_time=0, secret="b", keyslot=3) is None
     assert change(state="inactive", keyslot=3) is None
     assert client.execute("blockdev-del", node_name="n") == {}
