@@ -161,6 +161,8 @@ class _Change:
             elif self.bitmap is None:
                 raise ConfigError(f"Dirty bitmap '{self.name}' not found")
             elif action == "remove":
+                # At once: another one of that name would be the last of the image.
+                await self.layer.store_bitmaps({self.name: None})
                 self.bitmap = None
             elif action == "merge":
                 self.bitmap.merge(await self._to_merge(self.bitmap, source))
@@ -172,7 +174,7 @@ class _Change:
                     self.bitmap.disabled = action == "disable"
         except ConfigError as error:
             raise ConfigError(f"Operation {action} on bitmap {self.name} failed: {error}") from None
-        self.is_made = True
+        self.is_made = self.bitmap is not None
 
     async def _new(self) -> DirtyBitmap:
         if self.bitmap is not None:

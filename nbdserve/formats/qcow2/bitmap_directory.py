@@ -19,6 +19,8 @@ before it."""
 FLAGS_AT: Final = 12
 """Of an entry, where its flags are; entries begin at multiples of 8."""
 MAX_DIRECTORY_BYTES: Final = 64 << 20
+MAX_BITMAP_BYTES: Final = 512 << 20
+"""Of the clusters of one bitmap: QEMU opens no image with more."""
 FLAG_IN_USE: Final = 1 << 0
 """The bitmap was open for recording, and not stored since: what is stored does not count."""
 FLAG_AUTO: Final = 1 << 1

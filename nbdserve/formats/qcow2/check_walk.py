@@ -18,7 +18,7 @@ import numpy.typing as npt
 from nbdserve.errors import CorruptImageError
 from nbdserve.formats.base import CheckResult
 from nbdserve.formats.qcow2 import layout
-from nbdserve.formats.qcow2.bitmap_directory import read_bitmap_directory
+from nbdserve.formats.qcow2.bitmap_directory import MAX_BITMAP_BYTES, read_bitmap_directory
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.refcounts import Counts, decode_counts
 from nbdserve.formats.qcow2.snapshots import Snapshot, read_snapshots
@@ -159,8 +159,11 @@ async def _add_bitmaps(storage: Storage, metadata: Metadata) -> None:
         metadata.regions.append((header.bitmaps.directory_offset, header.bitmaps.directory_size))
     for bitmap in bitmaps:
         offset, length = bitmap.table_offset, bitmap.table_entries * 8
-        if offset % header.cluster_size or offset + length > metadata.file_size:
-            findings.corruption(f"table of bitmap {bitmap.name!r} at {offset:#x}, {length} bytes: outside the file")
+        too_long = bitmap.table_entries << header.cluster_bits > MAX_BITMAP_BYTES
+        if too_long or offset % header.cluster_size or offset + length > metadata.file_size:
+            findings.corruption(
+                f"table of bitmap {bitmap.name!r} at {offset:#x}, {length} bytes: outside the file, or too long"
+            )
             continue
         metadata.regions.append((offset, length))
         table = await read_words(storage, offset, bitmap.table_entries)

@@ -17,6 +17,7 @@ from nbdserve.formats.qcow2.bitmap_directory import (
     FLAG_AUTO,
     FLAG_EXTRA_COMPATIBLE,
     FLAG_IN_USE,
+    MAX_BITMAP_BYTES,
     BitmapEntry,
     read_bitmap_directory,
 )
@@ -28,8 +29,7 @@ from nbdserve.units import div_ceil
 
 ALL_ONES: Final = 1
 """Of a table entry that names no cluster: its part of the bitmap is all set, else all clear."""
-MAX_STORED_BITS: Final = 1 << 32
-"""QEMU opens no image with a bitmap of more."""
+MAX_STORED_BITS: Final = MAX_BITMAP_BYTES * 8
 _RESERVED: Final = ~(OFFSET_MASK | ALL_ONES) & ((1 << 64) - 1)
 _KNOWN_FLAGS: Final = FLAG_IN_USE | FLAG_AUTO | FLAG_EXTRA_COMPATIBLE
 
@@ -81,7 +81,7 @@ def check_entry(entry: BitmapEntry, storage: Storage, header: Header) -> None:
         raise corrupt("must be from 512 to 2 GiB", "granularity", entry.granularity)
     bits = div_ceil(header.size, entry.granularity)
     fits = div_ceil(div_ceil(bits, 8), header.cluster_size) == entry.table_entries
-    if bits > MAX_STORED_BITS or not (fits or entry.in_use):
+    if max(bits, entry.table_entries << header.cluster_bits + 3) > MAX_STORED_BITS or not (fits or entry.in_use):
         raise corrupt(f"does not fit a disk of {header.size} bytes", "table size", entry.table_entries)
     end = entry.table_offset + entry.table_entries * 8
     if entry.table_offset % header.cluster_size or (entry.table_entries and end > storage.size):

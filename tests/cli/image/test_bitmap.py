@@ -63,6 +63,8 @@ async def stored(path: Path) -> list[tuple[BitmapInfo, bytes]]:
         "--add --merge fine --clear --merge off --disable --enable disk new",
         "--add --merge absent --disable disk new",
         "--add --remove disk new",
+        "--remove --add -g 4k disk fine",
+        "--clear --remove --enable disk fine",
         "--clear disk old",
         "--merge old disk fine",
         "--merge fine disk old",

@@ -57,6 +57,17 @@ async def test_what_was_dirty_is(image: bytes, name: str, granularity: int) -> N
     assert bitmap.bits == expected.bits
 
 
+async def test_of_one_in_use_the_table_may_have_any_size_that_qemu_reads(image: bytes) -> None:
+    entry = _directory(image)
+    in_use = _patched(image, entry + 12, 3, 4)
+    bitmap = await read(_patched(in_use, entry + 8, 3, 4), "fine")
+    assert bitmap is not None
+    assert bitmap.inconsistent
+    many = _patched(in_use, entry + 8, (512 << 20 >> 12) + 1, 4)
+    with pytest.raises(ImageError, match="table size"):
+        await read(many.ljust(64 << 20, b"\0"), "fine")
+
+
 async def test_there_is_no_other(image: bytes) -> None:
     assert await read(image, "fin") is None
 
