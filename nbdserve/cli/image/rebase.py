@@ -108,6 +108,9 @@ def _check(node: Node, reference: BackingReference | None) -> None:
         raise ConfigError(f"{problem}: Operation not supported by {node.format}")
     if reference is not None and reference.format is None and node.top.declares_backing_format:
         raise ConfigError(f"{problem}: backing format must be specified (-F)")
+    possible = node.top.backing_formats
+    if reference is not None and possible is not None and reference.format not in (None, *possible):
+        raise ConfigError(f"{problem}: below a {node.format} image is {' or '.join(possible)}, not {reference.format}")
 
 
 async def _rebase(

@@ -104,9 +104,9 @@ def test_formats_that_know_the_identity_of_their_backing_file(
         assert image(monkeypatch, "check", "-q", path).code == 0
     (tmp_path / f"new.{fmt}").unlink()
     assert images.raw_content(path, fmt, tmp_path) == raw.read_bytes()
-    found = image(monkeypatch, "rebase", "-u", "-b", "nosuch", "-F", "raw", path)
-    assert found.code == 1
-    assert "nosuch" in found.err
+    for more, problem in ((["-u", "-F", fmt], "nosuch"), (["-F", "raw"], f"below a {fmt} image is {fmt}, not raw")):
+        refused = image(monkeypatch, "rebase", "-b", "nosuch", *more, path)
+        assert (refused.code, problem in refused.err) == (1, True), refused.err
 
 
 def test_the_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
