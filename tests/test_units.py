@@ -57,7 +57,22 @@ def test_sizes_as_users_write_them(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "K", "-1", "1.G", "1 K", "1KK", "0x10", "1e3", "8E", str(1 << 63), "9" * 50, "nan"]
+    "text",
+    [
+        "",
+        "K",
+        "-1",
+        "1.G",
+        "1 K",
+        "1KK",
+        "0x10",
+        "1e3",
+        "8E",
+        str(1 << 63),
+        "nan",
+        "inf",
+        pytest.param("9" * 5000, id="9"),
+    ],
 )
 def test_what_is_no_size_is_named_in_the_error(text: str) -> None:
     with pytest.raises(ValueError, match="invalid size") as caught:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.interop.hostile import make_image
 from tests.interop.tools import Server, running_server
 
 Serve = Callable[..., AbstractContextManager[Server]]
@@ -34,3 +35,8 @@ def content() -> bytes:
     for start, end in ((4, 6), (10, 11)):
         data[start << 20 : end << 20] = bytes((end - start) << 20)
     return bytes(data)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    return make_image(tmp_path)

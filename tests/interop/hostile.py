@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import signal
 import stat
 import struct
 import subprocess
@@ -18,6 +19,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from tests.cli.processes import greets, until
 from tests.interop.tools import tool
 
 BIN = Path(sys.executable).parent
@@ -169,3 +173,37 @@ def without_privilege(argv: Sequence[str | Path]) -> list[str | Path]:
     assert shutil.which("setpriv")
     dropped = "-dac_override,-dac_read_search,-fowner"
     return ["setpriv", f"--inh-caps={dropped}", f"--bounding-set={dropped}", *argv]
+
+
+OPENING = ("serve", "qemu-nbd", "info", "check", "map", "create")
+"""The commands that open an image by itself."""
+FOLLOWING = ("serve", "qemu-nbd", "map")
+"""The commands that open what its header names as well."""
+PROGRAMS: list[list[str | Path]] = [[NBDSERVE, "serve"], [QEMU_NBD]]
+IO_ERROR = "Input/output error"
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mount needs root")
+
+
+def url(directory: Path, name: str = "") -> str:
+    return f"nbd+unix:///{name}?socket={directory}/nbd.sock"
+
+
+def qemu_io(target: str | Path, *commands: str, form: str = "raw") -> subprocess.CompletedProcess[str]:
+    arguments = [word for each in commands for word in ("-c", each)]
+    return run(["qemu-io", "-f", form, *arguments, target])
+
+
+@contextlib.contextmanager
+def serving(directory: Path, argv: list[str | Path]) -> Iterator[subprocess.Popen[str]]:
+    """The server, until SIGTERM ends it with exit code 0."""
+    process = subprocess.Popen(list(map(str, argv)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        until(lambda: greets(directory / "nbd.sock"), "it answers")
+        yield process
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
