@@ -26,6 +26,8 @@ def load(path: str) -> Config:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
     try:
         return Config.model_validate(document, context={"directory": str(file.absolute().parent)})
     except ValidationError as error:

@@ -44,6 +44,7 @@ def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ("[exports.d]\npath = 'x'\ncache = 'fast'", r"\[exports\.d\] cache = 'fast': .*'writeback'"),
         ("exports = 5", r"exports = 5: "),
         ("[server", "not valid TOML"),
+        pytest.param("a=" + "[" * 3000, "not valid TOML: nested too deeply", id="nested"),
     ],
 )
 def test_mistakes_name_file_table_and_key(tmp_path: Path, text: str, message: str) -> None:

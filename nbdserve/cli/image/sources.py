@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -16,9 +16,11 @@ from nbdserve.block.graph import image_roots, open_image
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
 from nbdserve.config.image_opts import image_from_filename, image_from_opts
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, naming
 from nbdserve.formats.raw import RawDriver
 from nbdserve.storage.file import FileStorage
+
+_READ_BYTES: Final = 1 << 20
 
 STREAM: Final = "-"
 """The name of standard input and output."""
@@ -64,8 +66,25 @@ async def _open(spec: ImageSpec, roots: Sequence[Path]) -> Node:
     if spec.format not in (None, "raw"):
         raise ConfigError(f"standard input is read from its beginning to its end, which {spec.format} images are not")
     with tempfile.TemporaryFile() as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-        file.flush()
+        with naming(tempfile.gettempdir()):
+            while data := await _read_input(sys.stdin.fileno()):
+                file.write(data)
+            file.flush()
         fd = os.dup(file.fileno())
     storage = await FileStorage.from_fd(fd, "standard input", locking=False)
     return Node([await RawDriver.open(storage, {}, read_only=True)])
+
+
+async def _read_input(fd: int) -> bytes:
+    """What is there of it, empty at its end. Ctrl-C is heeded while nothing is."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    try:
+        loop.add_reader(fd, ready.set)
+    except PermissionError:  # a regular file, which is always readable
+        return os.read(fd, _READ_BYTES)
+    try:
+        await ready.wait()
+        return os.read(fd, _READ_BYTES)
+    finally:
+        loop.remove_reader(fd)

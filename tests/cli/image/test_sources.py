@@ -1,8 +1,10 @@
 from __future__ import annotations
 
-import io
+import asyncio
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -33,10 +35,42 @@ async def test_several_at_once(tmp_path: Path) -> None:
             pass
 
 
-async def test_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"piped" * 1000)))
-    async with opened([ImageSpec("-", read_only=True)]) as [node]:
-        assert bytes(await node.read(0, node.size)) == b"piped" * 1000
+@contextlib.contextmanager
+def standard_input(monkeypatch: pytest.MonkeyPatch, fd: int) -> Iterator[None]:
+    with open(fd) as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        yield
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+async def test_standard_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    content = b"piped" * 1000
+    if kind == "file":
+        (tmp_path / "file").write_bytes(content)
+        fd = os.open(tmp_path / "file", os.O_RDONLY)
+    else:
+        fd, writer = os.pipe()
+        os.write(writer, content)
+        os.close(writer)
+    with standard_input(monkeypatch, fd):
+        async with opened([ImageSpec("-", read_only=True)]) as [node]:
+            assert bytes(await node.read(0, node.size)) == content
     with pytest.raises(ConfigError, match="standard input is read from its beginning"):
         async with opened([ImageSpec("-", "qcow2", read_only=True)]):
             pass
+
+
+async def test_standard_input_that_does_not_come_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with standard_input(monkeypatch, reader):
+        waiting = asyncio.ensure_future(_enter(ImageSpec("-", read_only=True)))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+    os.close(writer)
+
+
+async def _enter(spec: ImageSpec) -> None:
+    async with opened([spec]):
+        pass
