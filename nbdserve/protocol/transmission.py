@@ -216,6 +216,11 @@ class RequestParser:
         """The buffer of a payload that is not complete."""
         return self._payload
 
+    @property
+    def is_cut(self) -> bool:
+        """The first part of a request was received, and kept."""
+        return bool(self._leftover)
+
     def abandon(self) -> None:
         """Nothing more is received, and what is not complete is nothing."""
         self._payload = self._pending = None

@@ -26,6 +26,9 @@ _MOST_POLLED: Final = 64 if len(os.sched_getaffinity(0)) > 1 else 0
 """Then the other clients have their turn. On a single CPU the peer could not go on meanwhile."""
 _LONGEST_TURN: Final = 0.002
 """Seconds, after which they have it sooner: batches of long writes, or of encrypted reads, take their time."""
+_LONGEST_YIELD: Final = 0.001
+"""Seconds. 16 writes of 64 KiB take a client half of it."""
+_YIELD_PAUSE: Final = 0.1
 _GIVE_UP: Final = 16
 _TRY_AGAIN: Final = 32
 
@@ -48,6 +51,7 @@ class Connection(asyncio.BufferedProtocol):
         self._handshake: ServerHandshake | None = None
         self.lost = False
         self._polls_in_vain = 0
+        self._yields_again = 0.0
 
     # --- asyncio ---------------------------------------------------------------------------------------------------
 
@@ -79,7 +83,8 @@ class Connection(asyncio.BufferedProtocol):
 
         After 16 times in vain it is done one time in 32.
         """
-        if self._polls_in_vain >= _GIVE_UP and self._polls_in_vain % _TRY_AGAIN:
+        parser = session.parser
+        if self._polls_in_vain >= _GIVE_UP and self._polls_in_vain % _TRY_AGAIN and not parser.is_cut:
             self._polls_in_vain += 1
             return
         misses = 0
@@ -92,6 +97,8 @@ class Connection(asyncio.BufferedProtocol):
                 if misses > _EMPTY_POLLS:
                     self._polls_in_vain += 1
                     return
+                if parser.is_cut and not self._let_client_send():
+                    return
             if not count:  # the end of the stream, which the transport finds, too
                 return
             self._polls_in_vain = misses = 0
@@ -99,6 +106,23 @@ class Connection(asyncio.BufferedProtocol):
             session.process()
             if monotonic() > until:
                 return
+
+    def _let_client_send(self) -> bool:
+        """Let whoever waits for this CPU have it; False when that is not to be done now.
+
+        A client that sends a header and its payload with two calls is often woken on this CPU, where its first call
+        wakes this process before the second. Were this process to sleep until that, too, there would be two wake-ups
+        for each write and never two requests to be read at a time: 14 % fewer first writes a second (fio, 4 KiB at
+        queue depth 16). When others than the client use the CPU, they are not let in again soon.
+        """
+        began = monotonic()
+        if began < self._yields_again:
+            return False
+        os.sched_yield()
+        ended = monotonic()
+        if ended - began > _LONGEST_YIELD:
+            self._yields_again = ended + _YIELD_PAUSE
+        return True
 
     def eof_received(self) -> bool:
         if self.session is None:

@@ -193,10 +193,47 @@ def test_a_client_that_always_has_more_leaves_the_others_their_turn(
 
     monkeypatch.setattr(connection, "monotonic", lambda: now)
     monkeypatch.setattr(connection, "_MOST_POLLED", 64)
-    parser = SimpleNamespace(disconnected=False, get_buffer=lambda: memoryview(b""), received=lambda count: None)
+    parser = SimpleNamespace(
+        disconnected=False, is_cut=False, get_buffer=lambda: memoryview(b""), received=lambda count: None
+    )
     session = SimpleNamespace(reading=True, parser=parser, process=process)
     polled = connection.Connection.__new__(connection.Connection)
-    polled.lost, polled._polls_in_vain = False, 0
+    polled.lost, polled._polls_in_vain, polled._yields_again = False, 0, 0.0
     polled._output = SimpleNamespace(receive_into=lambda buffer: 100)  # type: ignore[assignment]
     polled._poll(session)  # type: ignore[arg-type]
     assert round(now / seconds) == {0.00001: 64, 0.0003: 7, 0.01: 1}[seconds]
+
+
+@pytest.mark.parametrize(("took", "yields_each_time"), [(0.0001, [2]), (0.002, [1, 0, 1])])
+def test_a_client_in_the_middle_of_a_request_is_let_in(
+    monkeypatch: pytest.MonkeyPatch, took: float, yields_each_time: list[int]
+) -> None:
+    """It sends the rest in its second turn. Who takes 2 ms is somebody else, and has to wait for the next."""
+    now, yields, received = 1.0, 0, 0
+
+    def sched_yield() -> None:
+        nonlocal now, yields
+        now += took
+        yields += 1
+
+    def process() -> None:
+        nonlocal received
+        received += 1
+        parser.is_cut = session.reading = False
+
+    monkeypatch.setattr(connection, "monotonic", lambda: now)
+    monkeypatch.setattr(connection, "_MOST_POLLED", 64)
+    monkeypatch.setattr(connection.os, "sched_yield", sched_yield)
+    parser = SimpleNamespace(
+        disconnected=False, is_cut=True, get_buffer=lambda: memoryview(b""), received=lambda count: None
+    )
+    session = SimpleNamespace(reading=True, parser=parser, process=process)
+    polled = connection.Connection.__new__(connection.Connection)
+    polled.lost, polled._polls_in_vain, polled._yields_again = False, 1, 0.0
+    polled._output = SimpleNamespace(receive_into=lambda buffer: -1 if yields < 2 else 100)  # type: ignore[assignment]
+    for expected in yields_each_time:
+        before = yields
+        polled._poll(session)  # type: ignore[arg-type]
+        assert yields - before == expected
+        now += 0.06
+    assert received == 1

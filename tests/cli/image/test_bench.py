@@ -64,4 +64,4 @@ def test_a_request_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(FileStorage, "write", broken)
     ran = image(monkeypatch, "bench", "-w", "-c", "9", "-f", "raw", tmp_path / "disk")
-    assert (ran.code, ran.err) == (1, "nbdserve: Input/output error\n")
+    assert (ran.code, ran.err) == (1, f"nbdserve: {tmp_path / 'disk'}: Input/output error\n")
