@@ -13,7 +13,8 @@ from typing import Final
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.create_options import parse_boolean
-from nbdserve.storage.file import FileStorage, sync_parent
+from nbdserve.storage.directory import sync_parent
+from nbdserve.storage.file import FileStorage
 
 _FS_IOC_GETFLAGS: Final = 0x80086601
 _FS_IOC_SETFLAGS: Final = 0x40086602

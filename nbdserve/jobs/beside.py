@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nbdserve.errors import ConfigError, ImageError
-from nbdserve.storage.file import FileStorage, sync_parent
+from nbdserve.storage.directory import sync_parent
+from nbdserve.storage.file import FileStorage
 
 
 class Beside:

@@ -15,7 +15,8 @@ from nbdserve.block.spec import ImageSpec
 from nbdserve.errors import ConfigError, JobError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.registry import driver_for
-from nbdserve.storage.file import FileStorage, sync_parent
+from nbdserve.storage.directory import sync_parent
+from nbdserve.storage.file import FileStorage
 from nbdserve.storage.roots import ImageRoots
 
 

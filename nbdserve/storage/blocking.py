@@ -10,7 +10,6 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -71,15 +70,6 @@ def check_kind(path: str, mode: int) -> None:
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         kind = _KINDS.get(stat.S_IFMT(mode), "no file")
         raise ImageError(path, f"is {kind}", hint="an image is a regular file or a block device")
-
-
-def sync_directory_of(path: str) -> None:
-    """fsync of the directory ``path`` is in."""
-    fd = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def read_fully(fd: int, offset: int, buffer: memoryview) -> None:

@@ -84,11 +84,7 @@ class FileStorage(Storage):
         self._in_memory = not self.is_device and file_system_type(fd) in _MEMORY_FILE_SYSTEMS
         self._direct = self._make_direct(flags) if cache in ("none", "directsync") else None
         self._read_fully = blocking.read_fully if self._direct is None else self._direct.read_fully
-        self._write_fully: blocking.FullWrite
-        if self._direct is not None:
-            self._write_fully = self._direct.write_fully
-        else:
-            self._write_fully = blocking.write_fully if self.is_device else blocking.InTurn().write_fully
+        self._write_fully = (self._direct or blocking.InTurn()).write_fully
         self._write_each = aio.write_all if self._direct is None else aio.write_singly
         self.blocking_read = partial(self._read_fully, fd)
         self.has_workers = not self.read_only
@@ -502,8 +498,3 @@ class FileStorage(Storage):
         self.try_read_into = super().try_read_into  # type: ignore[method-assign]
         self.blocking_read = None
         await self._pool.run(os.close, fd)
-
-
-async def sync_parent(path: str) -> None:
-    """Make the creation, renaming or removal of ``path`` itself stable: fsync of the directory it is in."""
-    await worker_pool().run(blocking.sync_directory_of, path)

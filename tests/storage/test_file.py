@@ -17,7 +17,7 @@ from nbdserve.errors import ConfigError, ImageError
 from nbdserve.extents import DATA
 from nbdserve.storage import blocking
 from nbdserve.storage import file as file_module
-from nbdserve.storage.file import CACHE_MODES, FileStorage, sync_parent
+from nbdserve.storage.file import CACHE_MODES, FileStorage
 from nbdserve.storage.pool import worker_pool
 from nbdserve.units import KIB, MIB
 
@@ -114,13 +114,6 @@ async def test_direct_alignment_is_that_of_the_file_system(path: str) -> None:
     storage = await FileStorage.open(path, cache="none")
     assert storage.alignment in (1, 512, 1024, 2048, 4096)
     await storage.close()
-
-
-async def test_sync_parent(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    synced: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
-    await sync_parent(path)
-    assert synced == [str(Path(path).parent)]
 
 
 # --- without blocking ------------------------------------------------------------------------------------------------
