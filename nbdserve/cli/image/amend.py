@@ -106,6 +106,8 @@ async def _amend_layer(
                 raise ConfigError(f"Format driver '{layer.name}' does not support option amendment")
             if others or resizes:
                 raise ConfigError(f"Invalid parameter '{next(iter(others), 'size')}'")
+        if changes and not layer.info().encrypted:
+            raise ConfigError(f"{spec.path}: Can't amend encryption options - encryption not present")
         with naming(spec.path):
             if layer.can("amend") and (others or not changes):
                 await layer.amend(others)

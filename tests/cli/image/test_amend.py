@@ -29,6 +29,7 @@ def test_the_same_changes_and_the_same_refusals(tmp_path: Path, monkeypatch: pyt
         "lazy_refcounts=on,size=8M",
         "compat=0.10,size=4M",
         "compat=0.10,lazy_refcounts=on",
+        "encrypt.state=inactive",
     ):
         a = image(monkeypatch, "amend", "-f", "qcow2", "-o", options, ours)
         b = qemu_img("amend", "-f", "qcow2", "-o", options, theirs)

@@ -127,7 +127,7 @@ REFUSALS = [
     ("", {"refcount_bits": "17"}, "power of two"),
     ("", {"lazy_refcounts": "maybe"}, "expects 'on' or 'off'"),
     ("", {"cluster_size": "4k"}, "only supported for image creation"),
-    ("", {"encrypt.state": "inactive"}, "keys are not changed here"),
+    ("", {"encrypt.state": "inactive"}, "Invalid parameter 'encrypt.state'"),
     ("", {"foo": "1"}, "Invalid parameter 'foo'"),
     ("", {"backing_file": "x"}, "never guessed"),
     ("", {"backing_fmt": "raw"}, "needs backing_file"),
