@@ -122,7 +122,7 @@ class WritePlan:
         self._allocations: list[Allocation] = []
         self._locks: list[RangeLock] = []
 
-    async def add(self, offset: int, data: memoryview | range) -> bool:
+    async def add(self, offset: int, data: cow.Content) -> bool:
         """Plan the write of a range; False if its clusters are held, by others or for this plan.
 
         ``data`` that is not read so far is the range itself, of whole sectors. An error undoes the whole plan.
@@ -158,7 +158,7 @@ class WritePlan:
         else:
             self.ready.append((host_offset, data))
 
-    async def _allocate(self, offset: int, data: memoryview | range) -> int:
+    async def _allocate(self, offset: int, data: cow.Content) -> int:
         """New space for the start of ``data``; the bytes it is for."""
         top, length = self._node.top, len(data)
         start = align_down(offset, top.granularity)
@@ -167,12 +167,8 @@ class WritePlan:
             await top.prepare(start, size)
         self._allocations.append(allocation)
         stop = min(offset + length, start + allocation.length)
-        data = data[: stop - offset]
-        if isinstance(data, range):
-            for host_offset, piece in await cow.content(self._node, allocation, offset, data):
-                self._put(host_offset, piece)
-        else:
-            self.ready += await cow.content(self._node, allocation, offset, data)
+        for host_offset, piece in await cow.content(self._node, allocation, offset, data[: stop - offset]):
+            self._put(host_offset, piece)
         return stop - offset
 
     async def write(self) -> None:

@@ -141,6 +141,9 @@ class Copy:
         self._spare: list[memoryview] = []
         self._steps: list[memoryview] = []
         """Spare buffers for requests in one trip."""
+        plain = options.compress is None and options.skip_errors is None and not options.sequential
+        self._nodes = (source, target) if plain and isinstance(source, Node) and isinstance(target, Node) else None
+        """Between which requests may be made in one trip."""
         self._needed = _TRUSTED
         self._without_zeroes = 0
         """Requests in succession that were nothing but data."""
@@ -257,20 +260,12 @@ class Copy:
         self._done(sum(length for _, length, _ in batch))
 
     def _trusts(self) -> bool:
-        """Whether there was nothing but data lately."""
-        return self._without_zeroes >= self._needed
+        """Whether requests are made in one trip: there was nothing but data lately."""
+        return self._nodes is not None and self._without_zeroes >= self._needed
 
     async def _in_one_trip(self, batch: list[_Piece], before: asyncio.Event | None, begun: asyncio.Event) -> bool:
         """Copy it, unless something in it is zero; False: it is still to be done."""
-        options, source, target = self._options, self._source, self._target
-        if (
-            not self._trusts()
-            or not (isinstance(source, Node) and isinstance(target, Node))
-            or options.compress is not None
-            or options.skip_errors is not None
-            or options.sequential
-            or any(fills for _, _, fills in batch)
-        ):
+        if self._nodes is None or not self._trusts() or any(fills for _, _, fills in batch):
             return False
         buffer = self._steps.pop() if self._steps else memoryview(bytearray(STEP))
         try:
@@ -278,7 +273,7 @@ class Copy:
                 await before.wait()
             ranges = [(offset, length) for offset, length, _ in batch]
             async with self._writers:
-                if await transfer(source, target, ranges, self._shift, buffer, self._is_data, begun.set):
+                if await transfer(*self._nodes, ranges, self._shift, buffer, self._is_data, begun.set):
                     return True
         finally:
             self._steps.append(buffer)

@@ -33,6 +33,7 @@ from nbdserve.formats.vhdx.layout import (
 )
 from nbdserve.formats.vhdx.runs import PARTIAL
 from nbdserve.formats.vhdx.structure import Structure
+from nbdserve.formats.walk import loaded_runs
 from nbdserve.storage.base import Storage
 from nbdserve.units import MIB
 
@@ -271,17 +272,11 @@ class DifferencingDriver(VhdxDriver):
     async def _complete(self, index: int) -> None:
         """The block of BAT entry ``index``, here in part, is here as a whole."""
         start = index - index // ((1 << self._ratio_bits) + 1) << self._block_bits
-        offset, end = start, min(start + self.cluster_size, self.size)
+        end = min(start + self.cluster_size, self.size)
         host_offset = (await self.load_bat(index)).entries[index & _INDEX_MASK] & OFFSET_MASK
-        while offset < end:
-            run = self.lookup(offset, end - offset)
-            if run is None:
-                await self.load(offset)
-                continue
-            kind, length, _ = run
+        async for offset, (kind, length, _) in loaded_runs(self, start, end):
             if kind == UNALLOCATED:
                 await self.storage.zero(host_offset + offset - start, length)
-            offset += length
         (await self.load_bat(index)).store(index & _INDEX_MASK, host_offset | FULLY_PRESENT)
         if self.bat.crowded:
             await self._commit.commit()

@@ -24,6 +24,7 @@ from nbdserve.formats.vpc.image import BAD
 from nbdserve.formats.vpc.layout import Footer
 from nbdserve.formats.vpc.resize import resize_blocks
 from nbdserve.formats.vpc.runs import iter_sector_runs
+from nbdserve.formats.walk import loaded_runs
 from nbdserve.units import SECTOR_SIZE, div_ceil
 
 
@@ -201,17 +202,11 @@ class DifferencingDriver(VpcDriver):
         """For those who look at no bits. Stable on return; no bit is set, so that the parent shows still."""
         for index in np.flatnonzero(self.table.words < BAD).tolist():
             start = index << self._bits
-            offset, end = start, min(start + self.header.block_size, self.size)
-            while offset < end:
-                run = self.lookup(offset, end - offset)
-                if run is None:
-                    await self.load(offset)
-                    continue
-                kind, length, _ = run
+            end = min(start + self.header.block_size, self.size)
+            async for offset, (kind, length, _) in loaded_runs(self, start, end):
                 if kind == UNALLOCATED:
                     place = (self._entries[index] << 9) + self._bitmap_size + offset - start
                     await self.storage.zero(place, length)
-                offset += length
         await self.storage.flush()
 
     async def _fill_bitmaps(self) -> None:

@@ -58,6 +58,7 @@ async def name_parent(
     if not _front_is_free(footer, header, words):
         at, tail = place + len(tail), tail + built
     end = place + len(tail)
+    # Crash between these: the file ends with its footer, which knows the old header, as does the copy in front.
     await storage.write_stable([(end, footer.build())])
     await storage.write_stable([(place, tail), (at, built)])
     await _barrier_footers(storage, replace(footer, disk_type=DIFFERENCING, data_offset=at), end)
