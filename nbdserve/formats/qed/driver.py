@@ -27,8 +27,7 @@ from nbdserve.storage.base import Storage
 from nbdserve.units import MIB, SECTOR_SIZE, align_up
 
 MAX_MOVED_AT_CLOSE: Final = 64 * MIB
-"""What closing the gaps of a writer that did not close the image may copy."""
-
+"""What closing the gaps may copy."""
 
 ZEROED_AT_ONCE: Final = 64 * MIB
 """How much of the guest's disk over a backing file is zeroed in one turn of the event loop."""
@@ -110,9 +109,10 @@ class QedDriver(TwoLevelDriver):
     async def _after_last_change(self) -> None:
         """Clear ``need check``: every table is stable, and the file ends with its last cluster in use.
 
-        Gaps that the last writer left, and this one did not fill, are closed first.
+        Gaps are closed first: those that a writer before left and this one did not fill, and those of writes that were
+        cancelled or failed while others took the space behind theirs.
         """
-        if self._unclosed and self._space.free_ranges:
+        if self._space.free_ranges:
             header, sector = await read_header(self.storage)
             await check_qed(self.storage, header, sector, repair_leaks=True, most_moved=MAX_MOVED_AT_CLOSE)
         await self._patch(layout.FEATURES_AT, self.header.features & ~layout.FEATURE_NEED_CHECK)

@@ -234,6 +234,22 @@ async def test_space_of_a_failed_write_is_not_taken_for_zeroes() -> None:
     assert (await (await opened(storage, read_only=True)).top.check()).leaks == 0
 
 
+async def test_space_of_a_failed_write_in_the_middle_of_the_file_is_closed() -> None:
+    storage = await made()
+    node = await opened(storage)
+    await node.write(0, b"a" * CLUSTER)
+    allocation = node.top.allocate(CLUSTER, CLUSTER)
+    assert allocation is not None
+    await node.write(2 * CLUSTER, b"b" * CLUSTER)
+    node.top.abandon(allocation)
+    await node.flush()
+    await node.close()
+    assert features(storage) == 0
+    node = await opened(ByteStorage(storage.content), read_only=True)
+    assert (await node.top.check()).leaks == 0
+    assert await node.read(0, 3 * CLUSTER) == b"a" * CLUSTER + bytes(CLUSTER) + b"b" * CLUSTER
+
+
 @images.needs_qemu
 async def test_qemu_writes_a_part_of_what_we_zeroed(tmp_path: Path) -> None:
     """QEMU would fill the rest of a zero cluster from the backing file."""
