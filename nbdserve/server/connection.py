@@ -68,20 +68,22 @@ class Connection(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         try:
             if self.session is not None:
+                began = len(self.session.tasks)
                 self.session.parser.received(nbytes)
                 self.session.process()
-                self._poll(self.session)
+                self._poll(self.session, began)
             else:
                 self._negotiate(bytes(self._server.buffers.receive.view[:nbytes]))
         except Exception as error:
             self._drop(error)
 
-    def _poll(self, session: Session) -> None:
+    def _poll(self, session: Session, began: int) -> None:
         """Look for the next request before sleeping in the kernel: one that comes at once costs neither side a wake-up.
 
         At queue depth 1 that is 31 % more requests a second (fio, 4 KiB random reads, two CPUs).
 
-        After 16 times in vain it is done one time in 32.
+        After 16 times in vain it is done one time in 32. It ends when there are more than ``began`` tasks: a flush that
+        was asked for begins before what comes behind it is looked at.
         """
         parser = session.parser
         if self._polls_in_vain >= _GIVE_UP and self._polls_in_vain % _TRY_AGAIN and not parser.is_cut:
@@ -90,7 +92,7 @@ class Connection(asyncio.BufferedProtocol):
         misses = 0
         until = monotonic() + _LONGEST_TURN
         for _ in range(_MOST_POLLED):
-            if not session.reading or session.parser.disconnected or self.lost:
+            if not session.reading or session.parser.disconnected or self.lost or len(session.tasks) > began:
                 return
             while (count := self._output.receive_into(session.parser.get_buffer())) < 0:
                 misses += 1

@@ -119,7 +119,7 @@ class Session:
         self._replies: list[bytes] = []
         self._in_flight = 0
         self._in_flight_bytes = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.tasks: set[asyncio.Task[None]] = set()  # of requests that have to wait for something
         self.reading = True
         self._finished = False
         self._slow: dict[int, Callable[..., Coroutine[Any, Any, None]]] = {
@@ -488,11 +488,11 @@ class Session:
         self._in_flight += 1
         self._in_flight_bytes += length
         task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
+        self.tasks.add(task)
         task.add_done_callback(lambda done: self._ended(done, length))
 
     def _ended(self, task: asyncio.Task[None], length: int) -> None:
-        self._tasks.discard(task)
+        self.tasks.discard(task)
         self._in_flight -= 1
         self._in_flight_bytes -= length
         if not task.cancelled() and (error := task.exception()) is not None:

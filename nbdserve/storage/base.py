@@ -51,7 +51,10 @@ class Storage(ABC):
         return False
 
     def try_write(self, offset: int, data: ReadBuffer) -> bool:
-        """Write ``data`` at ``offset`` without blocking; False (range content undefined) if that is not possible."""
+        """Write ``data`` at ``offset`` without blocking; False (range content undefined) if that is not possible.
+
+        ``data`` is free for reuse on return.
+        """
         return False
 
     def can_send(self, offset: int, length: int) -> bool:

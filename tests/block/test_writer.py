@@ -6,8 +6,10 @@ import asyncio
 import errno
 from collections.abc import Sequence
 
+import pytest
+
 from nbdserve.block.node import Node
-from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN
+from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN, WRITE_WAIT
 from nbdserve.storage.base import ReadBuffer
 from nbdserve.storage.memory import MemoryStorage
 from nbdserve.units import KIB
@@ -181,6 +183,35 @@ async def test_a_failed_allocation_leaves_the_old_content_and_is_given_back() ->
     assert await node.read(99, 5) == b"bnewb"
     result = await node.top.check()
     assert not result.corruptions
+
+
+@pytest.mark.parametrize("storage", [MemoryStorage, Trips])
+async def test_nothing_of_one_copied_cluster_shows_in_the_next(storage: type[MemoryStorage]) -> None:
+    """The buffer is the same: not where the backing file has ended, and not past the end of the disk."""
+    secret = b"s" * CLUSTER
+    base = MemoryStorage(secret * 2 + b"b" * 512, path="base.raw")
+    node = await overlay(base, 4 * CLUSTER, storage=storage(path="top"))
+    await node.write(0, b"x")
+    await _submit_new(node, CLUSTER + 10)
+    await _submit_new(node, 2 * CLUSTER + 10)
+    assert await node.read(CLUSTER, CLUSTER) == secret[:10] + b"new" + secret[13:]
+    assert await node.read(2 * CLUSTER, CLUSTER) == b"b" * 10 + b"new" + b"b" * 499 + bytes(CLUSTER - 512)
+    base = MemoryStorage(secret * 3, path="base.raw")
+    node = await overlay(base, 2 * CLUSTER + 512, storage=storage(path="top"))
+    await node.write(0, b"x")
+    await _submit_new(node, CLUSTER + 10)
+    await _submit_new(node, 2 * CLUSTER)
+    run = node.top.lookup(2 * CLUSTER, 512)
+    assert run is not None
+    assert await node.data.read(run[2], CLUSTER) == b"new" + secret[:509] + bytes(CLUSTER - 512)
+
+
+async def _submit_new(node: Node, offset: int) -> None:
+    ended = asyncio.Event()
+    outcome = node.submit_write(offset, memoryview(b"new"), lambda error: ended.set())
+    assert outcome != WRITE_WAIT
+    if outcome == WRITE_TAKEN:
+        await asyncio.wait_for(ended.wait(), 60)
 
 
 async def test_a_write_into_a_range_that_is_held_is_left_to_its_caller() -> None:

@@ -196,12 +196,36 @@ def test_a_client_that_always_has_more_leaves_the_others_their_turn(
     parser = SimpleNamespace(
         disconnected=False, is_cut=False, get_buffer=lambda: memoryview(b""), received=lambda count: None
     )
-    session = SimpleNamespace(reading=True, parser=parser, process=process)
+    session = SimpleNamespace(reading=True, parser=parser, process=process, tasks=set())
     polled = connection.Connection.__new__(connection.Connection)
     polled.lost, polled._polls_in_vain, polled._yields_again = False, 0, 0.0
     polled._output = SimpleNamespace(receive_into=lambda buffer: 100)  # type: ignore[assignment]
-    polled._poll(session)  # type: ignore[arg-type]
+    polled._poll(session, 0)  # type: ignore[arg-type]
     assert round(now / seconds) == {0.00001: 64, 0.0003: 7, 0.01: 1}[seconds]
+
+
+@pytest.mark.parametrize("earlier", [0, 3])
+def test_what_was_begun_has_its_turn_before_more_is_looked_at(monkeypatch: pytest.MonkeyPatch, earlier: int) -> None:
+    """A flush of a client that sends on; tasks of before do not matter."""
+    processed = 0
+
+    def process() -> None:
+        nonlocal processed
+        processed += 1
+        if processed == 5:
+            session.tasks.add("flush")
+
+    monkeypatch.setattr(connection, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(connection, "_MOST_POLLED", 64)
+    parser = SimpleNamespace(
+        disconnected=False, is_cut=False, get_buffer=lambda: memoryview(b""), received=lambda count: None
+    )
+    session = SimpleNamespace(reading=True, parser=parser, process=process, tasks=set(range(earlier)))
+    polled = connection.Connection.__new__(connection.Connection)
+    polled.lost, polled._polls_in_vain, polled._yields_again = False, 0, 0.0
+    polled._output = SimpleNamespace(receive_into=lambda buffer: 100)  # type: ignore[assignment]
+    polled._poll(session, earlier)  # type: ignore[arg-type]
+    assert processed == 5
 
 
 @pytest.mark.parametrize(("took", "yields_each_time"), [(0.0001, [2]), (0.002, [1, 0, 1])])
@@ -227,13 +251,13 @@ def test_a_client_in_the_middle_of_a_request_is_let_in(
     parser = SimpleNamespace(
         disconnected=False, is_cut=True, get_buffer=lambda: memoryview(b""), received=lambda count: None
     )
-    session = SimpleNamespace(reading=True, parser=parser, process=process)
+    session = SimpleNamespace(reading=True, parser=parser, process=process, tasks=set())
     polled = connection.Connection.__new__(connection.Connection)
     polled.lost, polled._polls_in_vain, polled._yields_again = False, 1, 0.0
     polled._output = SimpleNamespace(receive_into=lambda buffer: -1 if yields < 2 else 100)  # type: ignore[assignment]
     for expected in yields_each_time:
         before = yields
-        polled._poll(session)  # type: ignore[arg-type]
+        polled._poll(session, 0)  # type: ignore[arg-type]
         assert yields - before == expected
         now += 0.06
     assert received == 1

@@ -47,7 +47,7 @@ class EncryptedStorage(Storage):
         self.reads: list[Piece] | None = None
         """While set, ``try_read_into`` leaves small reads encrypted, and adds them here."""
         self.writes: list[GatheredWrite] | None = None
-        """While set, ``try_write`` adds small writes here instead of doing them."""
+        """While set, ``try_write`` adds small writes here instead of doing them; their data has to stay as it is."""
         self._start = start
         self._uses: list[_Use] = []
 
