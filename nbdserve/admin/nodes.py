@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Final
 from weakref import WeakKeyDictionary
@@ -73,20 +74,46 @@ class NodeEntry:
         entries = [*self.children, *self.stands_on]
         return [entry.users for entry in entries] + [used.users for used in self.objects]
 
-    def stand_on(self, below: Sequence[NodeEntry]) -> None:
-        """Let go of what was below, and use this, whose images are below now."""
+    def stand_on(self, below: Sequence[NodeEntry], foundation: FormatDriver | None) -> None:
+        """Let go of what was below, and use this, whose images are below now: ``foundation`` is the first of them."""
         for entry in self.stands_on:
             entry.users.remove(self.label)
         self.stands_on = list(below)
-        self.foundation = self.layers[1] if below else None
+        self.foundation = foundation
         for entry in below:
             entry.users.append(self.label)
 
+    def standing_on(self) -> NodeEntry | None:
+        """The node whose images are below, as far as no job has changed that."""
+        if self.stands_on and self.foundation not in self.layers:
+            self.stand_on((), None)
+        return self.stands_on[0] if self.stands_on else None
+
     def is_on(self, entry: NodeEntry) -> bool:
-        """Whether it stands on ``entry``, which a job may have changed."""
-        if entry in self.stands_on and self.foundation not in self.layers:
-            self.stand_on(())
-        return entry in self.stands_on
+        """Whether it stands on ``entry``."""
+        return self.standing_on() is entry
+
+    @property
+    def foundation_index(self) -> int:
+        """The number of the first layer that belongs to the node it stands on."""
+        assert self.foundation is not None
+        return self.layers.index(self.foundation)
+
+    def index_of(self, found: NodeEntry, index: int) -> int | None:
+        """The number here of layer ``index`` of ``found``, which is this node or one of those it stands on."""
+        if found is self:
+            return index
+        below = self.standing_on()
+        at = None if below is None else below.index_of(found, index)
+        return None if at is None else self.foundation_index + at
+
+    def inherit(self, gone: NodeEntry) -> None:
+        """Use what ``gone`` is made of, which is not a node of its own any more."""
+        for child in gone.children:
+            child.users.remove(gone.label)
+            child.users.append(self.label)
+        self.children += gone.children
+        gone.children = []
 
     async def close(self) -> None:
         """Close what it has opened, and let go of its children."""
@@ -125,6 +152,8 @@ class NodeTable:
         self._entries[entry.name] = entry
         for name, part in entry.inner_names.items():
             self._made_up[part] = name
+        if not entry.is_filter:
+            (entry.inner or entry.node).tell_reopened = partial(self.renew, entry)
 
     def fitting_name(self, text: str) -> str:
         """A name that is free, as near to ``text`` as may be."""
@@ -173,11 +202,25 @@ class NodeTable:
 
     def absorb(self, entry: NodeEntry, overlay: NodeEntry) -> None:
         """The layer of ``overlay`` is the top one of ``entry`` now, and its names mean that."""
+        entry.inherit(overlay)
         del self._entries[overlay.name]
-        top = entry.node.top
-        self.name_part(entry, overlay.name, top)
-        for name in overlay.inner_names:
-            self.name_part(entry, name, top.storage)
+        entry.inner_names |= overlay.inner_names
+        self.name_part(entry, overlay.name, entry.node.top)
+
+    async def absorb_below(self, entry: NodeEntry, below: NodeEntry) -> None:
+        """``entry`` stands on ``below``, whose names mean layers and files of ``entry`` from now on."""
+        start = entry.foundation_index
+        pairs = list(zip(below.layers, entry.layers[start:], strict=False))
+        del self._entries[below.name]
+        entry.inner_names |= below.inner_names
+        for old, new in pairs:
+            self.renew(entry, old, new)
+        self.name_part(entry, below.name, entry.layers[start])
+        deeper = below.standing_on()
+        foundation = None if deeper is None else entry.layers[start + below.foundation_index]
+        entry.stand_on([] if deeper is None else [deeper], foundation)
+        entry.inherit(below)
+        await below.close()
 
     def renew(self, entry: NodeEntry, old: FormatDriver, new: FormatDriver) -> None:
         """A layer of the chain has been opened again: its names, and those of its file, stay."""
@@ -187,6 +230,8 @@ class NodeTable:
                 self._made_up[after] = name
                 if name in entry.inner_names:
                     entry.inner_names[name] = after
+        if entry.foundation is old:
+            entry.foundation = new
 
     def moments_of(self, node: Node) -> list[Moment]:
         """The moments of the disk that are kept."""

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from nbdserve.admin.backing import check_backing, know_backing, open_below
 from nbdserve.admin.blockdev import (
     BlockdevOptions,
     CopyBeforeWriteOptions,
@@ -67,6 +68,11 @@ class Opener:
                 made.opened = opened
                 node = await made.node(described)
                 opened.push_async_callback(node.close)
+                if made.foundation is not None:
+                    below = await open_below(node.layers[-1], made.foundation)
+                    know_backing(node.layers[-1], below[0])
+                    async with node.drained():
+                        node.replace_layers([*node.layers, *below])
                 entry = NodeEntry(name, options.driver, node, cache_mode(options), children=made.children)
                 if isinstance(options, ThrottleOptions):
                     group = self._group(options)
@@ -78,6 +84,8 @@ class Opener:
         except (ImageError, ConfigError, OSError) as error:
             raise QmpError(description_of(error)) from error
         entry.announce()
+        if made.foundation is not None:
+            entry.stand_on([made.foundation], entry.layers[-len(made.foundation.layers)])
         return entry
 
     def _throttle(self, name: str, options: ThrottleOptions, below: NodeEntry) -> NodeEntry:
@@ -131,6 +139,8 @@ class _Making:
     def __init__(self, opener: Opener) -> None:
         self._opener = opener
         self.children: list[NodeEntry] = []
+        self.foundation: NodeEntry | None = None
+        """The node that is to be below all of its layers."""
         self.opened = AsyncExitStack()
         self._layer_names: list[str | None] = []
         self._file_names: list[str | None] = []
@@ -174,16 +184,20 @@ class _Making:
         if options.data_file is not None:
             spec = replace(spec, data_file=await self._data_file(options.data_file, read_only=spec.read_only))
         if "backing" in options.model_fields_set:
-            spec = replace(spec, backing=await self._backing(options.backing))
+            backing = await self._backing(options.backing)
+            spec = replace(spec, backing=backing, gets_backing=self.foundation is not None and backing is None)
         return spec
 
     async def _backing(self, given: object) -> BackingSpec:
         if given is None:
             return None
         if isinstance(given, str):
-            raise QmpError(
-                f"Could not open backing file: '{given}' names a node; describe the backing image here instead"
-            )
+            try:
+                self.foundation = self._opener.nodes.either(given)
+                check_backing(self.foundation, given)
+            except QmpError as error:
+                raise QmpError(f"Could not open backing file: {error}") from None
+            return None
         assert isinstance(given, FileOptions | NullOptions | NbdOptions | RawOptions | LuksOptions | ImageOptions)
         return await self._spec(given, read_only=True)
 
@@ -211,6 +225,8 @@ class _Making:
         inner = _Making(self._opener)
         inner.opened = self.opened
         below = await inner._spec(given, read_only=spec.read_only)
+        if inner.foundation is not None:
+            raise QmpError(f"Node '{inner.foundation.name}' cannot be below an image that holds another one")
         self.children += inner.children
         return replace(spec, path=below.path, file=below)
 
@@ -239,7 +255,12 @@ class _Making:
         shared = await storage.share(cache=entry.cache)
         self.opened.push_async_callback(shared.close)
         return replace(
-            spec, path=storage.path, opened=shared, read_only=spec.read_only or storage.read_only, cache=entry.cache
+            spec,
+            path=storage.path,
+            opened=shared,
+            file_node=entry.node,
+            read_only=spec.read_only or storage.read_only,
+            cache=entry.cache,
         )
 
     def _secret(self, name: str | None, where: str = "") -> bytes:

@@ -59,6 +59,8 @@ class Node:
         self._flush_covers = 0
         self.busy_with = ""
         """The type of the job that works on the layers, which nobody else may exchange or resize meanwhile."""
+        self.tell_reopened: Callable[[FormatDriver, FormatDriver], None] | None = None
+        """Is told of a layer that was opened again, and of what has taken its place."""
         self._watchers: tuple[Watcher, ...] = ()
         self._guards: tuple[Watcher, ...] = ()
         self.counters: counting.Counters | None = None

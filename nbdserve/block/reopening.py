@@ -27,6 +27,9 @@ async def reopen(node: Node, index: int, *, read_only: bool) -> FormatDriver:
 async def _reopen(node: Node, index: int, *, read_only: bool) -> FormatDriver:
     old = node.layers[index]
     origin, storage = _place_of(old)
+    file_node = origin.spec.file_node
+    if file_node is not None and file_node.read_only and not read_only:
+        raise ImageError(old.path, "cannot be opened for writing: the node of its file is read-only")
     try:
         fds = [storage.descriptor(read_only=mode) for mode in (read_only, storage.read_only)]
     except OSError as error:
@@ -52,9 +55,11 @@ async def _reopen(node: Node, index: int, *, read_only: bool) -> FormatDriver:
 
 
 async def open_again(layer: FormatDriver) -> FormatDriver:
-    """The image of ``layer`` once more, read-only. ImageError, OSError as for ``reopen``."""
+    """The image of ``layer``, which is read-only, once more, under the locks it has. ImageError, OSError."""
+    if not layer.read_only:
+        raise ImageError(layer.path, "is in use: it may be written meanwhile")
     origin, storage = _place_of(layer)
-    return await _open_fd(storage.descriptor(read_only=True), layer, origin, read_only=True)
+    return await _open_on(await storage.share(cache=origin.spec.cache), layer, origin, read_only=True)
 
 
 def _place_of(layer: FormatDriver) -> tuple[Origin, FileStorage]:
@@ -74,10 +79,16 @@ async def close_to_writing(node: Node, index: int) -> None:
 
 async def _open_fd(fd: int, old: FormatDriver, origin: Origin, *, read_only: bool) -> FormatDriver:
     spec = origin.spec
-    storage = await FileStorage.from_fd(fd, old.path, cache=spec.cache, force_share=spec.force_share)
+    storage = await FileStorage.from_fd(
+        fd, old.path, cache=spec.cache, locking=spec.file_node is None, force_share=spec.force_share
+    )
+    return await _open_on(storage, old, origin, read_only=read_only)
+
+
+async def _open_on(storage: FileStorage, old: FormatDriver, origin: Origin, *, read_only: bool) -> FormatDriver:
     async with AsyncExitStack() as files:
         files.push_async_callback(storage.close)
-        layer = await open_layer(storage, old.name, spec, origin.roots, files, read_only=read_only)
+        layer = await open_layer(storage, old.name, origin.spec, origin.roots, files, read_only=read_only)
         files.pop_all()
     return layer
 
@@ -86,5 +97,7 @@ async def _replace(node: Node, index: int, layer: FormatDriver) -> None:
     layers = list(node.layers)
     if index + 1 < len(layers):
         layer.accept_backing(layers[index + 1])
-    layers[index] = layer
+    old, layers[index] = layers[index], layer
     node.replace_layers(layers)
+    if node.tell_reopened is not None:
+        node.tell_reopened(old, layer)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from nbdserve.formats.encryption import UNLOCK_SECONDS
 from nbdserve.storage.base import Storage
 from nbdserve.storage.nbd_target import NbdTarget
+
+if TYPE_CHECKING:
+    from nbdserve.block.node import Node
 
 CACHE_MODES: Final = ("none", "writeback", "unsafe", "directsync", "writethrough")
 DISCARD_MODES: Final = ("ignore", "unmap")
@@ -40,6 +43,8 @@ class ImageSpec:
     """The NBD export that holds the bytes; ``path`` is then its URI. Said by the user, never by a header."""
     opened: Storage | None = field(default=None, repr=False, compare=False)
     """What holds its bytes, open already; whoever opens the image owns it from then on."""
+    file_node: Node | None = field(default=None, repr=False, compare=False)
+    """The node of the file: the image is under its locks and takes none of its own, also when it is opened again."""
     gets_backing: bool = False
     """A layer is to be put below it: what reads as zeroes now and is written as such has to hide that layer."""
     data_file: ImageSpec | None = None

@@ -17,6 +17,7 @@ from nbdserve.exports.export import ExportTable
 from nbdserve.server.addresses import UnixAddress
 from nbdserve.server.server import Server
 from tests.admin.clients import RawClient
+from tests.admin.images import make_images
 
 
 def new_control(stop: Callable[[], None] = lambda: None) -> Control:
@@ -63,3 +64,13 @@ def client(admin_socket: str) -> Iterator[RawClient]:
     client = RawClient(admin_socket).negotiate()
     yield client
     client.close()
+
+
+@pytest.fixture
+def images(tmp_path: Path, control: Control) -> Path:
+    """The directory of the images of ``images.py``, an image root."""
+    directory = tmp_path / "images"
+    directory.mkdir()
+    make_images(directory)
+    control.paths.add(directory)
+    return directory

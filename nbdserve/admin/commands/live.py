@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal, TypeAlias
 
+from nbdserve.admin.backing import take_in
 from nbdserve.admin.command import Command
 from nbdserve.admin.control import Control
 from nbdserve.admin.errors import DEVICE_NOT_FOUND, QmpError
@@ -64,6 +65,7 @@ async def block_commit(control: Control, arguments: Committing) -> None:
     if base <= top:
         raise QmpError("'top' and 'base' are not in the order of the chain")
     identity = control.jobs.new_id(arguments.job_id, entry)
+    await take_in(control.nodes, entry, base)
     job: Job
     if top == 0:
         if arguments.backing_file is not None:
@@ -116,8 +118,8 @@ def _layer(control: Control, entry: NodeEntry, node_name: str | None, path: str 
     if node_name is not None and path is not None:
         raise QmpError(f"'{what}' and '{what}-node' cannot be specified at the same time")
     if node_name is not None:
-        found, index = control.nodes.layer(node_name)
-        if found is not entry:
+        index = entry.index_of(*control.nodes.layer(node_name))
+        if index is None:
             raise QmpError(f"'{node_name}' is not in this backing file chain")
         return index
     if path is not None:

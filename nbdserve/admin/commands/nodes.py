@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from nbdserve.admin.backing import take_in
 from nbdserve.admin.blockdev import BlockdevOptions
 from nbdserve.admin.command import Command
 from nbdserve.admin.control import Control
@@ -104,12 +105,12 @@ async def change_backing_file(control: Control, arguments: BackingFile) -> None:
     """Write another name of the layer below into the header of a layer; the chain stays as it is."""
     entry = control.nodes.either(arguments.device)
     try:
-        found, index = control.nodes.layer(arguments.image_node_name)
+        index = entry.index_of(*control.nodes.layer(arguments.image_node_name))
     except QmpError:
         if control.nodes.find(arguments.image_node_name) is None:
             raise QmpError(f"Cannot find device='' nor node-name='{arguments.image_node_name}'") from None
-        found, index = entry, len(entry.layers) - 1  # a file, which has no backing file
-    if found is not entry:
+        index = len(entry.layers) - 1  # a file, which has no backing file
+    if index is None:
         raise QmpError(f"'{arguments.device}' and image file are not in the same chain")
     if index + 1 >= len(entry.layers):
         raise QmpError("not allowing backing file change on an image without a backing file")
@@ -119,9 +120,9 @@ async def change_backing_file(control: Control, arguments: BackingFile) -> None:
     if layer.read_only and index == 0:
         raise QmpError(f"Block node is read-only: '{entry.name}'")
     control.jobs.check_free(entry)
+    await take_in(control.nodes, entry, index)
     async with entry.node.drained():
         await put_on(entry.node, index, index + 1, BackingReference(arguments.backing_file, below.name))
-        control.nodes.renew(entry, layer, entry.layers[index])
 
 
 async def block_resize(control: Control, arguments: Resize) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from nbdserve.admin.backing import check_backing, close_layers, open_below
 from nbdserve.admin.blockdev import BlockdevOptions, FileOptions, ImageOptions, LuksOptions, RawOptions
 from nbdserve.admin.command import Command
 from nbdserve.admin.control import Control
@@ -18,9 +18,8 @@ from nbdserve.admin.schema import Arguments
 from nbdserve.admin.transaction import Action, execute
 from nbdserve.block.graph import Origin
 from nbdserve.block.node import Node
-from nbdserve.block.reopening import open_again, reopen
+from nbdserve.block.reopening import reopen
 from nbdserve.block.spec import BackingSpec, ImageSpec
-from nbdserve.errors import RequestError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.storage.base import Storage
 
@@ -48,6 +47,7 @@ class _State:
     below: Sequence[FormatDriver]
     """The layers below the top one."""
     stands_on: Sequence[NodeEntry]
+    foundation: FormatDriver | None
     backing: BackingSpec
     """As the top layer is told of what is below."""
 
@@ -99,7 +99,8 @@ class Reopen(Action):
             node.detect_zeroes,
             entry.cache,
             node.layers[1:],
-            entry.stands_on,
+            [] if (below := entry.standing_on()) is None else [below],
+            entry.foundation,
             origin.spec.backing,
         )
         cache = entry.cache if given.cache is None and entry.cache in _WRITETHROUGH else cache_mode(given)
@@ -114,7 +115,7 @@ class Reopen(Action):
             wanted = await self._with_backing(given, entry, wanted)
             await self._become(entry, wanted, before)
         except BaseException:
-            await _close(self._opened)
+            await close_layers(self._opened)
             raise
         self._before = before
 
@@ -128,33 +129,25 @@ class Reopen(Action):
                 raise QmpError(f"backing is missing for '{entry.name}'")
             return state
         if name is None:
-            return replace(state, below=(), stands_on=(), backing=None)
+            return replace(state, below=(), stands_on=(), foundation=None, backing=None)
         if not isinstance(name, str):
             raise QmpError("Cannot change the option 'backing.driver'")
         found = self._control.nodes.find(name)
         if found is None:
             raise QmpError(f"Cannot find device='' nor node-name='{name}'")
         if entry.is_on(found):
-            return state
+            return replace(state, below=entry.layers[entry.foundation_index :])
         if found is entry:
             index = next((number for number, layer in enumerate(entry.layers) if self._is_named(layer, name)), 0)
             if not index:
                 raise QmpError(f"Making '{name}' a backing child of '{entry.name}' would create a cycle")
             return replace(state, below=entry.layers[index:])
-        if found.name != name or found.is_filter or found.inner is not None:
-            raise QmpError(f"'{name}' cannot be a backing file here: give the node of a whole image")
+        check_backing(found, name)
         if entry in _below(found):
             raise QmpError(f"Making '{name}' a backing child of '{entry.name}' would create a cycle")
-        if top.backing_formats == ():
-            raise QmpError(f"{top.name} images have no backing file")
-        if not found.node.read_only:
-            raise QmpError(f"Node '{name}' is open for writing: open it read-only, for it to be a backing file")
-        below = self._opened
-        for layer in found.layers:
-            below.append(await open_again(layer))
-            above = below[-2] if len(below) > 1 else top
-            above.accept_backing(below[-1])
-        return replace(state, below=below, stands_on=[found], backing=ImageSpec(below[0].path, below[0].name))
+        below = self._opened = await open_below(top, found)
+        backing = ImageSpec(below[0].path, below[0].name)
+        return replace(state, below=below, stands_on=[found], foundation=below[0], backing=backing)
 
     def _is_named(self, layer: FormatDriver, name: str) -> bool:
         return self._control.nodes.part_name(layer) == name
@@ -193,20 +186,18 @@ class Reopen(Action):
             _set(node, before)
             node.top.origin = origin
             raise
-        finally:
-            self._control.nodes.renew(entry, old, node.top)
         entry.cache = wanted.cache
-        entry.stand_on(wanted.stands_on)
+        entry.stand_on(wanted.stands_on, wanted.foundation)
         self._dropped = [layer for layer in before.below if layer not in wanted.below]
 
     async def abort(self) -> None:
         assert self._before is not None
         await self._become(self._entry, self._before, self._before)
-        await _close(self._opened)
+        await close_layers(self._opened)
 
     async def finish(self) -> None:
         """Close what has left the chain."""
-        await _close(self._dropped)
+        await close_layers(self._dropped)
 
 
 def _set(node: Node, state: _State) -> None:
@@ -217,12 +208,6 @@ def _set(node: Node, state: _State) -> None:
 def _below(entry: NodeEntry) -> list[NodeEntry]:
     """The nodes that it stands on, and those that they do."""
     return [below for each in entry.stands_on for below in (each, *_below(each))]
-
-
-async def _close(layers: Sequence[FormatDriver]) -> None:
-    for layer in layers:
-        with contextlib.suppress(OSError, RequestError):  # read-only, and in no chain
-            await layer.close()
 
 
 async def blockdev_reopen(control: Control, arguments: ReopenOptions) -> None:

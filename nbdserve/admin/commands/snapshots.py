@@ -64,14 +64,12 @@ class _PutOnTop(Action):
         if entry.driver == "throttle":
             raise QmpError(f"Node '{entry.name}' is a filter: take the snapshot of the disk below it")
         self._control.jobs.check_free(entry)
-        old = entry.node.top
         overlay = await self.open_overlay(entry)
         try:
             await snapshot([(entry.node, overlay)])
         except BaseException:
             await self.give_up(overlay)
             raise
-        self._control.nodes.renew(entry, old, entry.node.layers[1])
 
     @abstractmethod
     async def open_overlay(self, entry: NodeEntry) -> FormatDriver:
@@ -82,10 +80,7 @@ class _PutOnTop(Action):
         """It is not used."""
 
     async def abort(self) -> None:
-        entry = self.entry
-        old = entry.node.layers[1]
-        await self.give_up(await undo(entry.node))
-        self._control.nodes.renew(entry, old, entry.node.top)
+        await self.give_up(await undo(self.entry.node))
 
 
 class SnapshotSyncAction(_PutOnTop):

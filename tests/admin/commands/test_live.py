@@ -65,3 +65,18 @@ def test_what_is_refused(client: RawClient, images: Path) -> None:
     assert entire == "backing file specified, but streaming the entire chain"
     assert client.execute("block-stream", job_id="s", device="o", base_node="o").startswith("the base of a stream")
     assert client.execute("query-jobs") == []
+
+
+def test_layers_and_files_keep_their_names(client: RawClient, images: Path) -> None:
+    file = {"driver": "file", "node-name": "a-file", "filename": str(images / "a.qcow2")}
+    assert (
+        add(client, "qcow2", images / "o.qcow2", "o", backing={"driver": "qcow2", "node-name": "a", "file": file}) == {}
+    )
+    names = nodes(client).keys()
+    assert client.execute("block-commit", job_id="c", device="o", base_node="a", auto_dismiss=False) == {}
+    wait_for(client, "c", "ready")
+    assert nodes(client).keys() == names
+    assert client.execute("block-job-cancel", device="c") == {}
+    assert finish(client, "c") is None
+    assert nodes(client).keys() == names
+    assert nodes(client)["a"]["file"] == str(images / "a.qcow2")

@@ -96,7 +96,7 @@ def test_what_cannot_be_opened(client: RawClient, images: Path) -> None:
     problems = [add(client, "qcow2", images / "a.qcow2", "q", **more) for more in broken]
     assert problems == [
         "'cache': direct and no-flush do not go together",
-        "Could not open backing file: 'x' names a node; describe the backing image here instead",
+        "Could not open backing file: Cannot find device='x' nor node-name='x'",
         "Parameter 'encrypt.key-secret' is missing",
         "No secret with id 's'",
         "'data-file': give the options of a 'file' or 'host_device' node here",

@@ -156,3 +156,20 @@ def test_a_backing_file_that_is_refused_changes_nothing(client: RawClient, image
     assert below(client, "o") == old
     assert client.execute("blockdev-del", node_name="b") == {}
     output("qemu-io", "-f", "vmdk", "-c", "write 0 512", images / "b.vmdk")  # nobody has it open
+
+
+def test_an_image_on_a_file_that_is_a_node(client: RawClient, images: Path) -> None:
+    for name, read_only in (("w", False), ("r", True)):
+        file = str(images / ("a.qcow2" if name == "w" else "b.raw"))
+        assert client.execute("blockdev-add", driver="file", node_name=name, filename=file, read_only=read_only) == {}
+    assert client.execute("blockdev-add", driver="qcow2", node_name="q", file="w", read_only=True) == {}
+    assert client.execute("blockdev-add", driver="raw", node_name="b", file="r", read_only=True) == {}
+    for read_only in (False, True, False):
+        given = {"driver": "qcow2", "node-name": "q", "file": "w", "read-only": read_only}
+        assert client.execute("blockdev-reopen", options=[given]) == {}
+        assert nodes(client)["q"]["ro"] is read_only
+    assert run("qemu-io", "-r", "-c", "read 0 64k", images / "a.qcow2").returncode != 0, "it is locked"
+    refused = client.execute("blockdev-reopen", options=[{"driver": "raw", "node-name": "b", "file": "r"}])
+    assert refused.endswith("cannot be opened for writing: the node of its file is read-only")
+    assert [client.execute("blockdev-del", node_name=name) for name in "qbwr"] == [{}] * 4
+    output("qemu-io", "-c", "write 0 64k", images / "a.qcow2")

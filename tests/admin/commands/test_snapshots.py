@@ -2,7 +2,7 @@ from pathlib import Path
 
 from tests.admin.clients import RawClient
 from tests.admin.commands.test_backup import Disk, action, pattern
-from tests.admin.commands.test_nodes import nodes
+from tests.admin.commands.test_nodes import add, nodes
 from tests.admin.images import needs_images
 from tests.cli.processes import output
 
@@ -96,3 +96,13 @@ def test_all_or_none(client: RawClient, images: Path, tmp_path: Path) -> None:
     client.execute("nbd-server-stop")
     assert client.execute("blockdev-del", node_name="d") == {}
     pattern(images / "a.qcow2", "99 0 64k")
+
+
+def test_an_overlay_on_a_file_that_is_a_node(client: RawClient, images: Path) -> None:
+    assert add(client, "qcow2", images / "a.qcow2", "q") == {}
+    assert client.execute("blockdev-add", driver="file", node_name="f", filename=str(images / "o.qcow2")) == {}
+    assert client.execute("blockdev-add", driver="qcow2", node_name="o", file="f", backing=None) == {}
+    assert client.execute("blockdev-snapshot", node="q", overlay="o") == {}
+    assert client.execute("blockdev-del", node_name="f") == "Block device f is in use"
+    assert client.execute("blockdev-del", node_name="q") == {}
+    assert client.execute("blockdev-del", node_name="f") == {}
