@@ -15,6 +15,7 @@ import numpy as np
 
 from nbdserve.errors import ConfigError, ImageError, RequestError
 from nbdserve.formats.qcow2 import layout
+from nbdserve.formats.qcow2.bitmap_directory import read_bitmap_directory
 from nbdserve.formats.qcow2.check_walk import UInt64Array, read_words
 from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.rewrite import read_state, replace_tables
@@ -72,16 +73,19 @@ def _new_id(snapshots: Sequence[Snapshot]) -> str:
 async def apply_snapshot(storage: Storage, wanted: str) -> None:
     """Make the active disk what it was, of the size it had, in the snapshot with this id, or else this name.
 
-    What the active disk has now is lost. Errors as of ``create_snapshot``, and ImageError where there is none.
+    What the active disk has now is lost. Errors as of ``create_snapshot``, and ImageError where there is none;
+    ConfigError while bitmaps are stored, which say what has changed on the disk there is.
     """
     old = await _state(storage)
     header = old.header
+    if bitmaps := await read_bitmap_directory(storage, header):
+        names = ", ".join(bitmap.name for bitmap in bitmaps[:16])
+        raise ConfigError(f"{storage.path}: Device has active dirty bitmaps: remove them first ({names})")
     snapshot = find_snapshot(old.snapshots, wanted, header, storage.path)
     size = header.size if snapshot.disk_size is None else snapshot.disk_size
     entries = max(snapshot.l1_entries, div_ceil(size, header.l2_coverage))
     l1: UInt64Array = np.zeros(entries, np.uint64)
     l1[: snapshot.l1_entries] = await read_words(storage, snapshot.l1_offset, snapshot.l1_entries)
-    # Bitmaps say what changed on the disk there was.
     autoclear = header.autoclear & layout.AUTOCLEAR_DATA_FILE_RAW
     await replace_tables(storage, old, State(replace(header, size=size, autoclear=autoclear), l1, old.snapshots))
 

@@ -196,6 +196,23 @@ async def test_a_driver_opened_to_look_can_make_one(tmp_path: Path) -> None:
     assert "in-use" not in run("qemu-img", "info", path)
 
 
+@pytest.mark.parametrize("state", ["--enable", "--disable"])
+async def test_none_is_applied_below_bitmaps(state: str, tmp_path: Path) -> None:
+    """As QEMU: they would say of another disk what has changed."""
+    path = create(tmp_path / "a.qcow2", MIB)
+    run("qemu-img", "snapshot", "-c", "one", path)
+    run("qemu-img", "bitmap", "--add", state, path, "dirty")
+    before = path.read_bytes()
+    storage = await FileStorage.open(str(path))
+    from nbdserve.formats.qcow2.driver import Qcow2Driver  # noqa: PLC0415  (of this test alone)
+
+    driver = await Qcow2Driver.open(storage, {}, read_only=True)
+    with pytest.raises(ConfigError, match=r"Device has active dirty bitmaps.*\(dirty\)"):
+        await driver.apply_snapshot("one")
+    await driver.close()
+    assert path.read_bytes() == before
+
+
 async def test_what_cannot_be_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path = create(tmp_path / "a.qcow2", MIB, "refcount_bits=1")
