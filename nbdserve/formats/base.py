@@ -239,6 +239,8 @@ class FormatDriver(ABC):
 
         Options are strings as after ``-o``, without ``size``.
         """
+        if not cls.can("create"):
+            raise ConfigError(f"Format driver '{cls.name}' does not support image creation")
         cls.check_option_names(options)
 
     @classmethod

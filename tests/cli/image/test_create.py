@@ -68,6 +68,7 @@ def test_the_image_is_the_one_qemu_img_makes(
         (["-b", "base.raw", "-F", "raw", "i", "1M"], "no backing file"),
         (["-o", "preallocation=metadata", "i", "1M"], "preallocation=metadata"),
         (["-f", "vhs", "i", "1M"], "vhs"),
+        (["-f", "bochs", "i", "1M"], "Format driver 'bochs' does not support image creation"),
         (["-f", "qcow2", "-o", "data_file=i", "i", "1M"], "same file"),
     ],
 )
