@@ -33,7 +33,9 @@ from nbdserve.jobs.convert import ConvertJob
 from nbdserve.jobs.copy import CopyOptions, unit_for
 from nbdserve.jobs.target import NewImage, TargetImage
 
-_MOST: Final = (1 << 31) - 1
+_MOST_BYTES: Final = (1 << 31) - 1
+_MOST_BLOCKS: Final = (1 << 63) - 1
+"""QEMU's limits."""
 
 
 @dataclass(slots=True)
@@ -93,11 +95,11 @@ def parse_operands(words: Sequence[str]) -> _Operands:
         elif name == "of":
             parsed.target = value
         elif name == "bs":
-            parsed.block = parsed_size(value, "bs", 1, _MOST)
+            parsed.block = parsed_size(value, "bs", 1, _MOST_BYTES)
         elif name == "count":
-            parsed.count = parsed_size(value, "count", 0, 1 << 62)
+            parsed.count = parsed_size(value, "count", 0, _MOST_BLOCKS)
         else:
-            parsed.skip = parsed_size(value, "skip", 0, 1 << 62)
+            parsed.skip = parsed_size(value, "skip", 0, _MOST_BLOCKS)
     if not parsed.source or not parsed.target:
         raise UsageError("Must specify both input and output files")
     return parsed

@@ -30,6 +30,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
         (["bs=512", "skip=2047", "count=2"], 2047 << 9, 2049 << 9),
         (["bs=1M", "skip=2", "count=7"], 2 << 20, 3 << 20),
         (["bs=1M", "skip=3"], 3 << 20, 3 << 20),
+        (["bs=1M", f"count={(1 << 63) - 1}"], 0, 3 << 20),
     ],
 )
 def test_a_part(source: bytes, monkeypatch: pytest.MonkeyPatch, operands: list[str], start: int, end: int) -> None:
@@ -55,6 +56,8 @@ def test_formats(source: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
         (["if=source", "of=part", "bs=0"], 1),
         (["if=source", "of=part", "bs=4G"], 1),
         (["if=source", "of=part", "skip=1000000"], 1),
+        (["if=source", "of=part", f"skip={(1 << 63) - 1}"], 1),
+        (["-O", "dmg", "if=source", "of=part"], 1),
     ],
 )
 def test_what_is_refused(source: bytes, monkeypatch: pytest.MonkeyPatch, operands: list[str], code: int) -> None:
