@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Final
@@ -62,30 +61,31 @@ def compare(
 
     Exit code: 0 they have, 1 they have not, 2 one cannot be opened, 3 or 4 one cannot be read.
     """
-    secrets = secrets_of_objects(objects or [])
-    flags = ImageSpec(
-        "",
-        format_name,
-        cache=check_cache(cache, "source cache option"),
-        force_share=force_share,
-        secret=chosen_secret(secret_file, secret_env),
-    )
-    specs = [
-        source_spec(one, flags, image_opts=image_opts, secrets=secrets),
-        source_spec(other, replace(flags, format=other_format), image_opts=image_opts, secrets=secrets),
-    ]
-    return asyncio.run(_compare(specs, image_root or (), strict=strict, progress=progress and not quiet, quiet=quiet))
+    try:
+        secrets = secrets_of_objects(objects or [])
+        flags = ImageSpec(
+            "",
+            format_name,
+            cache=check_cache(cache, "source cache option"),
+            force_share=force_share,
+            secret=chosen_secret(secret_file, secret_env),
+        )
+        specs = [
+            source_spec(one, flags, image_opts=image_opts, secrets=secrets),
+            source_spec(other, replace(flags, format=other_format), image_opts=image_opts, secrets=secrets),
+        ]
+        return asyncio.run(
+            _compare(specs, image_root or (), strict=strict, progress=progress and not quiet, quiet=quiet)
+        )
+    except (NbdserveError, OSError) as error:  # 1, the code of other errors, says that the images differ
+        complain("nbdserve", error)
+        return NOT_OPENED
 
 
 async def _compare(
     specs: Sequence[ImageSpec], roots: Sequence[Path], *, strict: bool, progress: bool, quiet: bool
 ) -> int:
-    async with AsyncExitStack() as files:
-        try:
-            nodes = await files.enter_async_context(opened(specs, roots))
-        except (NbdserveError, OSError) as error:
-            complain("nbdserve", error)
-            return NOT_OPENED
+    async with opened(specs, roots) as nodes:
         lines, code = await _result(nodes, strict=strict, progress=progress)
         if not quiet:
             print("".join(f"{line}\n" for line in lines), end="")

@@ -68,6 +68,8 @@ def test_exit_codes(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert ended("a.raw", "absent").code == 2
     assert ended("-F", "vdi", "a.raw", "a.qcow2").code == 2
+    for options in (["-T", "fast"], ["--object", "secret,id=x"], ["--secret-file", "absent"], ["--image-opts"]):
+        assert ended(*options, "a.raw", "a.qcow2").code == 2
 
     async def broken(self: FileStorage, *_: Any) -> Any:
         raise OSError(5, os.strerror(5), self.path)
