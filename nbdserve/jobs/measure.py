@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 from nbdserve.block.node import Node
 from nbdserve.formats.base import FormatDriver
@@ -10,6 +11,9 @@ from nbdserve.formats.qcow2.bitmap_directory import BitmapEntry
 from nbdserve.formats.qcow2.create import parse_options, plan_image, virtual_size
 from nbdserve.jobs.stretches import What, stretches
 from nbdserve.units import align_up, div_ceil
+
+_OTHER_FILES: Final = frozenset({"backing_file", "backing_fmt", "data_file", "data_file_raw"})
+"""Options that name the other files of an image: no room is needed for the names."""
 
 
 def measurable(driver: type[FormatDriver]) -> bool:
@@ -42,17 +46,18 @@ def _sizes(driver: type[FormatDriver], size: int, options: Mapping[str, str], us
     if driver.name == "raw":
         return size, size
     full, disk = _qcow2_size(virtual_size(size), options)
-    if parse_options(options).preallocation in ("falloc", "full"):
-        used = disk
+    if parse_options(options).preallocation in ("falloc", "full") or "backing_file" in options:
+        used = disk  # what the source has in common with another backing file is not known
     return full - disk + used, full
 
 
 def _qcow2_size(size: int, options: Mapping[str, str]) -> tuple[int, int]:
-    """Bytes of a qcow2 image all of whose clusters are allocated, and of these clusters.
+    """Bytes of a qcow2 image all of whose clusters are allocated, and of these clusters, also in a data file.
 
     An image with preallocated metadata has the same tables; its encryption header is a few clusters more.
     """
-    _, plan, _ = plan_image(size, dict(options) | {"preallocation": "metadata"})
+    alone = {name: value for name, value in options.items() if name not in _OTHER_FILES}
+    _, plan, _ = plan_image(size, alone | {"preallocation": "metadata"})
     cluster = 1 << plan.cluster_bits
     return plan.end_offset, div_ceil(size, cluster) * cluster
 

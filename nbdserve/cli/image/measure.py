@@ -27,6 +27,7 @@ from nbdserve.config.secrets import chosen_secret, secrets_of_objects
 from nbdserve.errors import ConfigError
 from nbdserve.formats.registry import driver_for
 from nbdserve.jobs.measure import measurable, measure_bitmaps, measure_empty, measure_node
+from nbdserve.units import SECTOR_SIZE, align_up
 
 
 def measure(
@@ -58,14 +59,18 @@ def measure(
     if chosen is None:
         print(options_help(driver), end="")
         return 0
-    if (file is None) == (size is None):
+    if file is None and size is None:
         raise UsageError("Either --size N or one filename must be specified.")
+    if file is None and (image_opts or format_name is not None or snapshot is not None):
+        raise UsageError("--image-opts, -f, and -l require a filename argument.")
+    if file is not None and size is not None:
+        raise UsageError("--size N cannot be used together with a filename.")
     if not measurable(driver):
         raise ConfigError(f"Block driver '{driver.name}' does not support size measurement")
     bitmaps: int | None = None
     if file is None:
         assert size is not None
-        sizes = measure_empty(driver, parsed_size(size, "image size"), chosen)
+        sizes = measure_empty(driver, align_up(parsed_size(size, "image size"), SECTOR_SIZE), chosen)
     else:
         flags = ImageSpec("", format_name, force_share=force_share, secret=chosen_secret(secret_file, secret_env))
         secrets = secrets_of_objects(objects or [])
