@@ -136,7 +136,7 @@ def _layer_info(entry: NodeEntry, chain: list[FormatDriver], depth: int, name: s
 def _image(chain: list[FormatDriver]) -> dict[str, Any]:
     layer = chain[0]
     files = dict.fromkeys((layer.storage, layer.data))
-    sizes = [file.allocated_size() for file in files]
+    sizes = [_allocated_size(file) for file in files]
     known = [size for size in sizes if size is not None]
     image = image_info(layer.path, layer.info(), sum(known) if len(known) == len(sizes) else None)
     if len(chain) > 1:
@@ -144,14 +144,23 @@ def _image(chain: list[FormatDriver]) -> dict[str, Any]:
     return image
 
 
+def _allocated_size(storage: Storage) -> int | None:
+    try:
+        return storage.allocated_size()
+    except OSError:  # a layer that is being opened again has no file for a moment
+        return None
+
+
 def _file_info(entry: NodeEntry, storage: Storage, name: str) -> BlockDeviceInfo:
     image: dict[str, Any] = {
         "virtual-size": align_up(storage.size, SECTOR_SIZE),
         "filename": storage.path,
         "format": "file",
-        "actual-size": storage.allocated_size(),
         "dirty-flag": False,
     }
+    size = _allocated_size(storage)
+    if size is not None:
+        image["actual-size"] = size
     return BlockDeviceInfo(
         file=storage.path,
         node_name=name,
