@@ -97,8 +97,10 @@ class JobControl:
             if entry in self._uses.get(job, ()):
                 raise QmpError(f"Node '{entry.name}' is busy: block device is in use by block job: {job.type}")
 
-    def check_target(self, entry: NodeEntry) -> None:
-        """QmpError when a new job may not write the node: somebody uses it, or it is read-only."""
+    def check_target(self, entry: NodeEntry, source: NodeEntry) -> None:
+        """QmpError when a new job may not copy ``source`` to the node: somebody uses it, or it is read-only."""
+        if entry.is_made_of(source):
+            raise QmpError(f"Node '{entry.name}' is on node '{source.name}', and cannot be a copy of it")
         self.check_free(entry)
         if entry.users:
             raise QmpError(f"Node '{entry.name}' is in use by {entry.users[0]}")

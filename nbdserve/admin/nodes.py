@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from typing import Final
 from weakref import WeakKeyDictionary
@@ -107,6 +106,10 @@ class NodeEntry:
         at = None if below is None else below.index_of(found, index)
         return None if at is None else self.foundation_index + at
 
+    def is_made_of(self, other: NodeEntry) -> bool:
+        """Whether it is ``other``, or that is somewhere below: what is written to the one changes the other."""
+        return self is other or any(below.is_made_of(other) for below in (*self.children, *self.stands_on))
+
     def inherit(self, gone: NodeEntry) -> None:
         """Use what ``gone`` is made of, which is not a node of its own any more."""
         for child in gone.children:
@@ -153,7 +156,7 @@ class NodeTable:
         for name, part in entry.inner_names.items():
             self._made_up[part] = name
         if not entry.is_filter:
-            (entry.inner or entry.node).tell_reopened = partial(self.renew, entry)
+            (entry.inner or entry.node).tell_reopened = self.renew
 
     def fitting_name(self, text: str) -> str:
         """A name that is free, as near to ``text`` as may be."""
@@ -214,7 +217,7 @@ class NodeTable:
         del self._entries[below.name]
         entry.inner_names |= below.inner_names
         for old, new in pairs:
-            self.renew(entry, old, new)
+            self.renew(old, new)
         self.name_part(entry, below.name, entry.layers[start])
         deeper = below.standing_on()
         foundation = None if deeper is None else entry.layers[start + below.foundation_index]
@@ -222,16 +225,18 @@ class NodeTable:
         entry.inherit(below)
         await below.close()
 
-    def renew(self, entry: NodeEntry, old: FormatDriver, new: FormatDriver) -> None:
-        """A layer of the chain has been opened again: its names, and those of its file, stay."""
+    def renew(self, old: FormatDriver, new: FormatDriver) -> None:
+        """A layer of a chain has been opened again: its names, and those of its file, stay."""
         for before, after in ((old, new), (old.storage, new.storage)):
             name = self._made_up.pop(before, None)
             if name is not None:
                 self._made_up[after] = name
-                if name in entry.inner_names:
-                    entry.inner_names[name] = after
-        if entry.foundation is old:
-            entry.foundation = new
+                for entry in self:
+                    if name in entry.inner_names:
+                        entry.inner_names[name] = after
+        for entry in self:
+            if entry.foundation is old:
+                entry.foundation = new
 
     def moments_of(self, node: Node) -> list[Moment]:
         """The moments of the disk that are kept."""

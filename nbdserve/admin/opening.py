@@ -119,7 +119,7 @@ class Opener:
         target = self.nodes.either(options.target)
         if target.users:
             raise QmpError(f"Node '{target.name}' is in use by {target.users[0]}")
-        if target.node.read_only or target is below:
+        if target.node.read_only or target.is_made_of(below):
             raise QmpError(f"Node '{target.name}' cannot be written")
         if target.node.size != below.node.size:
             raise QmpError("Source and target image have different sizes")

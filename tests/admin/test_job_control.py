@@ -85,10 +85,10 @@ async def test_what_a_new_job_may_have() -> None:
     for identity in (None, "", "1j", "a b"):
         with pytest.raises(JobError, match=f"Invalid job ID '{identity or ''}'"):
             jobs.new_id(identity, node)
-    jobs.check_target(node)
+    jobs.check_target(node, await entry("m"))
     node.users.append("export 'e'")
     with pytest.raises(QmpError, match="Node 'n' is in use by export 'e'"):
-        jobs.check_target(node)
+        jobs.check_target(node, await entry("m"))
     assert jobs.new_id("j", node) == "j"
     job = Backup("j")
     jobs.add(job)

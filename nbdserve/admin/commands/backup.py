@@ -149,7 +149,7 @@ class BackupAction(_StartBackup):
         entry = self.control.nodes.either(self._name)
         if entry is self.source:
             raise QmpError("Source and target cannot be the same")
-        self.control.jobs.check_target(entry)
+        self.control.jobs.check_target(entry, self.source)
         if entry.node is not target:
             raise QmpError(f"Node '{entry.name}' has become another while it was looked at")
         return [entry]

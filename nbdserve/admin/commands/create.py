@@ -244,7 +244,7 @@ async def _renew(control: Control, entry: NodeEntry, storage: FileStorage) -> No
     async with entry.node.drained():
         file: Storage = await storage.share(cache=entry.cache)
         entry.node.replace_layers([await RawDriver.open(file, {}, read_only=False)])
-    control.nodes.renew(entry, old, entry.node.top)
+    control.nodes.renew(old, entry.node.top)
     await old.close()
 
 

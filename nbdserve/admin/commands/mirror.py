@@ -54,7 +54,7 @@ async def blockdev_mirror(control: Control, arguments: Mirroring) -> None:
     if entry is target:
         raise QmpError("Can't mirror node into itself")
     _check(arguments)
-    control.jobs.check_target(target)
+    control.jobs.check_target(target, entry)
     job = _mirror(control, arguments, entry, target.node, owned=False)
     control.jobs.add(job, entry, target, succeeded=lambda: _swapped(control, job, entry, target))
     job.start()

@@ -117,3 +117,31 @@ def test_what_is_refused(client: RawClient, images: Path) -> None:
     assert (images / "o.qcow2").read_bytes() == before
     assert not (images / "m.qcow2").exists()
     assert client.execute("query-jobs") == []
+
+
+def test_a_disk_is_not_copied_to_what_is_made_of_it(client: RawClient, images: Path) -> None:
+    assert add(client, "qcow2", images / "a.qcow2", "q") == {}
+    assert client.execute("object-add", qom_type="throttle-group", id="g") == {}
+    assert client.execute("blockdev-add", driver="throttle", node_name="t", throttle_group="g", file="q") == {}
+    assert client.execute("blockdev-add", driver="throttle", node_name="u", throttle_group="g", file="t") == {}
+    for command in ("blockdev-mirror", "blockdev-backup"):
+        refused = client.execute(command, job_id="j", device="q", target="u", sync="full")
+        assert refused == "Node 'u' is on node 'q', and cannot be a copy of it"
+    refused = client.execute("blockdev-add", driver="copy-before-write", node_name="k", file="q", target="u")
+    assert refused == "Node 'u' cannot be written"
+
+
+def test_names_stay_with_the_images_when_they_change_places(client: RawClient, images: Path) -> None:
+    output("qemu-img", "create", "-q", "-f", "qcow2", images / "new.qcow2", "1M")
+    for name, image in (("q", "a"), ("n", "new")):
+        file = {"driver": "file", "node-name": f"{name}-file", "filename": str(images / f"{image}.qcow2")}
+        assert client.execute("blockdev-add", driver="qcow2", node_name=name, file=file) == {}
+    assert client.execute("blockdev-mirror", job_id="m", device="q", target="n", sync="full", auto_dismiss=False) == {}
+    wait_for(client, "m", "ready")
+    assert client.execute("job-complete", id="m") == {}
+    assert finish(client, "m") is None
+    for name, image in (("q", "a"), ("n", "new")):
+        given = {"driver": "qcow2", "node-name": name, "file": f"{name}-file", "read-only": True}
+        for _ in range(2):
+            assert client.execute("blockdev-reopen", options=[given]) == {}
+            assert nodes(client)[f"{name}-file"]["file"] == str(images / f"{image}.qcow2")
