@@ -19,7 +19,7 @@ from nbdserve.block.spec import CACHE_MODES, DETECT_ZEROES_MODES, ImageSpec
 from nbdserve.cli import nbd_client
 from nbdserve.cli.boundary import guarded
 from nbdserve.cli.daemon import fork_until_ready
-from nbdserve.config.image_opts import discard_mode, image_from_filename, image_from_opts
+from nbdserve.config.image_opts import discard_mode, image_from_filename, image_from_opts, snapshot_name
 from nbdserve.config.secrets import secrets_of_objects
 from nbdserve.errors import ConfigError
 from nbdserve.protocol.client import RemoteExport
@@ -238,17 +238,8 @@ def _image(arguments: Arguments) -> ImageSpec:
         image = image_from_filename(file, flags, secrets)
     if image.detect_zeroes == "unmap" and image.discard != "unmap":
         raise ConfigError("--detect-zeroes=unmap needs --discard=unmap")
-    return replace(image, snapshot=_snapshot(arguments), overlay="snapshot" in arguments)
-
-
-def _snapshot(arguments: Arguments) -> str | None:
-    text = arguments.options.get("load-snapshot")
-    if text is None or not text.startswith(("snapshot.id=", "snapshot.name=")):
-        return text
-    wanted = dict(item.partition("=")[::2] for item in text.split(","))
-    if len(wanted) != 1:
-        raise ConfigError(f"--load-snapshot={text}: give either the id or the name")
-    return wanted.popitem()[1]
+    wanted = arguments.options.get("load-snapshot")
+    return replace(image, snapshot=None if wanted is None else snapshot_name(wanted), overlay="snapshot" in arguments)
 
 
 def _choice(arguments: Arguments, option: str, default: str, choices: tuple[str, ...]) -> str:

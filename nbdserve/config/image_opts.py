@@ -64,6 +64,19 @@ def image_from_opts(text: str, flags: ImageSpec, secrets: Mapping[str, bytes] = 
     return _with_context(text, lambda: _image(_nested(_parse_pairs(text)), flags, secrets, top=True))
 
 
+def snapshot_name(text: str) -> str:
+    """The id or name of an internal snapshot: ``text``, or after ``snapshot.id=`` or ``snapshot.name=``.
+
+    ConfigError where it gives both.
+    """
+    if not text.startswith(("snapshot.id=", "snapshot.name=")):
+        return text
+    wanted = _parse_pairs(text)
+    if len(wanted) != 1:
+        raise ConfigError(f"snapshot {text!r}: give either the id or the name")
+    return str(wanted.popitem()[1])
+
+
 def discard_mode(text: str) -> str:
     """``ignore`` or ``unmap`` for one of QEMU's four words for them; ConfigError else."""
     if text not in _DISCARD:

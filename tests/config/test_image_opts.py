@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdserve.block.spec import ImageSpec
-from nbdserve.config.image_opts import discard_mode, image_from_filename, image_from_opts
+from nbdserve.config.image_opts import discard_mode, image_from_filename, image_from_opts, snapshot_name
 from nbdserve.errors import ConfigError
 from nbdserve.storage.nbd_target import NbdTarget
 
@@ -292,6 +292,14 @@ _VALUES = st.recursive(
     lambda children: st.dictionaries(_KEYS, children) | st.lists(children, max_size=2),
     max_leaves=12,
 )
+
+
+def test_snapshots() -> None:
+    texts = ("1", "snapshot.id=1", "snapshot.name=a=b", "snapshot.name=a,,b", "id=1,name=a")
+    assert [snapshot_name(text) for text in texts] == ["1", "1", "a=b", "a,b", "id=1,name=a"]
+    for text in ("snapshot.id=1,snapshot.name=a", "snapshot.id=1,x"):
+        with pytest.raises(ConfigError):
+            snapshot_name(text)
 
 
 @given(_VALUES)

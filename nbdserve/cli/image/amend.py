@@ -11,19 +11,20 @@ import typer
 from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import (
     FormatOption,
+    ImageOptsOption,
     ObjectsOption,
     QuietOption,
     RootsOption,
     SecretEnvOption,
     SecretFileOption,
-    open_layer,
+    named_image,
+    open_layer_of,
     parsed_size,
     roots_for,
 )
 from nbdserve.cli.image.create import parse_option_list
 from nbdserve.cli.image.resize import resize_image
 from nbdserve.cli.usage import UsageError
-from nbdserve.config.image_opts import image_from_filename
 from nbdserve.config.secrets import chosen_secret, secrets_of_objects
 from nbdserve.errors import ConfigError, naming
 from nbdserve.formats.base import CreateOption, FormatDriver
@@ -39,6 +40,7 @@ def amend(
         typer.Option("-o", metavar="NAME=VALUE,...", help="What to change; `-o help` lists it.", show_default=False),
     ] = None,
     quiet: QuietOption = False,
+    image_opts: ImageOptsOption = False,
     image_root: RootsOption = None,
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,
@@ -54,10 +56,10 @@ def amend(
         return 0
     if not file:
         raise UsageError("Expecting one image file name")
-    spec = image_from_filename(
-        file, ImageSpec(file, format_name, discard="unmap", secret=chosen_secret(secret_file, secret_env))
-    )
-    keys = _KeyChanges(secrets_of_objects(objects or []), force)
+    flags = ImageSpec(file, format_name, discard="unmap", secret=chosen_secret(secret_file, secret_env))
+    secrets = secrets_of_objects(objects or [])
+    spec = named_image(file, flags, secrets, image_opts=image_opts)
+    keys = _KeyChanges(secrets, force)
     asyncio.run(_amend(spec, chosen, roots_for(spec.path, image_root), keys))
     return 0
 
@@ -96,7 +98,7 @@ async def _amend(spec: ImageSpec, options: dict[str, str], roots: ImageRoots, ke
 async def _amend_layer(
     spec: ImageSpec, options: dict[str, str], roots: ImageRoots, keys: _KeyChanges, *, resizes: bool = False
 ) -> None:
-    layer = await open_layer(spec.path, spec.format, roots, writable=True)
+    layer = await open_layer_of(spec, roots, writable=True)
     try:
         names = {option.name for option in layer.key_options}
         changes = {name: value for name, value in options.items() if name in names}

@@ -24,10 +24,10 @@ from nbdserve.cli.image.common import (
     QuietOption,
     RootsOption,
     check_cache,
+    named_image,
     parsed_size,
 )
 from nbdserve.cli.usage import UsageError
-from nbdserve.config.image_opts import image_from_filename, image_from_opts
 from nbdserve.config.secrets import secrets_of_objects
 from nbdserve.errors import ConfigError, naming
 
@@ -89,11 +89,10 @@ def bench(
         flush_interval=flush_interval,
         drain=not no_drain,
     )
-    parse = image_from_opts if image_opts else image_from_filename
     flags = ImageSpec(
         "", format_name, read_only=not write, cache=check_cache(cache, "image cache option"), force_share=force_share
     )
-    spec = parse(file, flags, secrets_of_objects(objects or []))
+    spec = named_image(file, flags, secrets_of_objects(objects or []), image_opts=image_opts)
     asyncio.run(_bench(spec, image_root or (), asked, quiet=quiet))
     return 0
 

@@ -22,13 +22,14 @@ from nbdserve.cli.image.common import (
     RootsOption,
     SecretEnvOption,
     SecretFileOption,
+    named_image,
     parsed_size,
     roots_for,
 )
 from nbdserve.cli.lazy import CONTEXT
 from nbdserve.cli.option_order import OrderedCommand, given_options
 from nbdserve.cli.usage import UsageError
-from nbdserve.config.image_opts import image_from_filename, image_from_opts
+from nbdserve.config.image_opts import image_from_filename
 from nbdserve.config.secrets import chosen_secret, secrets_of_objects
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
@@ -95,13 +96,10 @@ def bitmap(
         raise UsageError("Merge bitmap source file only supported with --merge")
     if names is None or len(names) != 2:
         raise UsageError("Expecting filename and bitmap name")
-    if image_opts and format_name is not None:
-        raise UsageError("--image-opts and --format are mutually exclusive")
     file, name = names
     secrets = secrets_of_objects(objects or [])
     flags = ImageSpec("", format_name, secret=chosen_secret(secret_file, secret_env))
-    parse = image_from_opts if image_opts else image_from_filename
-    spec = replace(parse(file, flags, secrets), keep_bitmaps=True)
+    spec = replace(named_image(file, flags, secrets, image_opts=image_opts), keep_bitmaps=True)
     source = None
     if source_file is not None:
         source = image_from_filename(source_file, replace(flags, format=source_format, read_only=True), secrets)

@@ -9,16 +9,20 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import (
     FileArgument,
     ForceShareOption,
     FormatOption,
+    ImageOptsOption,
+    ObjectsOption,
     RootsOption,
-    open_layer,
-    path_of,
+    named_image,
+    open_layer_of,
     roots_for,
 )
 from nbdserve.cli.output import Output, OutputOption, print_json
+from nbdserve.config.secrets import secrets_of_objects
 from nbdserve.formats.base import CheckResult
 from nbdserve.storage.roots import ImageRoots
 
@@ -45,29 +49,23 @@ def check(
     output: OutputOption = Output.HUMAN,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only problems.")] = False,
     force_share: ForceShareOption = False,
+    image_opts: ImageOptsOption = False,
+    objects: ObjectsOption = None,
     image_root: RootsOption = None,
 ) -> int:
     """Look whether the metadata of an image are consistent.
 
     Exit code: 0 yes, 1 the check failed, 2 corruption found, 3 only leaked clusters found, 63 the format has no check.
     """
-    roots = roots_for(path_of(file), image_root)
-    return asyncio.run(_check(file, format_name, repair, output, roots, quiet=quiet, force_share=force_share))
+    flags = ImageSpec(file, format_name, force_share=force_share)
+    spec = named_image(file, flags, secrets_of_objects(objects or []), image_opts=image_opts)
+    return asyncio.run(_check(file, spec, repair, output, roots_for(spec.path, image_root), quiet=quiet))
 
 
 async def _check(
-    file: str,
-    format_name: str | None,
-    repair: Repair | None,
-    output: Output,
-    roots: ImageRoots,
-    *,
-    quiet: bool,
-    force_share: bool,
+    file: str, spec: ImageSpec, repair: Repair | None, output: Output, roots: ImageRoots, *, quiet: bool
 ) -> int:
-    driver = await open_layer(
-        file, format_name, roots, writable=repair is not None, force_share=force_share, to_check=True
-    )
+    driver = await open_layer_of(spec, roots, writable=repair is not None, to_check=True)
     try:
         if not driver.can("check"):
             print("nbdserve: This image format does not support checks", file=sys.stderr)

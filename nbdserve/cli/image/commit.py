@@ -14,6 +14,8 @@ from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import (
     FileArgument,
     FormatOption,
+    ImageOptsOption,
+    ObjectsOption,
     ProgressOption,
     QuietOption,
     RateOption,
@@ -22,12 +24,12 @@ from nbdserve.cli.image.common import (
     SecretFileOption,
     check_cache,
     full_name,
+    named_image,
     parsed_size,
     roots_for,
 )
 from nbdserve.cli.image.percent import run_shown
-from nbdserve.config.image_opts import image_from_filename
-from nbdserve.config.secrets import chosen_secret
+from nbdserve.config.secrets import chosen_secret, secrets_of_objects
 from nbdserve.errors import ConfigError, naming
 from nbdserve.jobs.commit import ActiveCommit
 from nbdserve.storage.roots import ImageRoots
@@ -51,6 +53,8 @@ def commit(
     rate: RateOption = None,
     progress: ProgressOption = False,
     quiet: QuietOption = False,
+    image_opts: ImageOptsOption = False,
+    objects: ObjectsOption = None,
     image_root: RootsOption = None,
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,
@@ -59,7 +63,7 @@ def commit(
     check_cache(cache, "cache option")
     speed = 0 if rate is None else parsed_size(rate, "rate limit")
     flags = ImageSpec(file, format_name, cache=cache, discard="unmap", secret=chosen_secret(secret_file, secret_env))
-    spec = image_from_filename(file, flags)
+    spec = named_image(file, flags, secrets_of_objects(objects or []), image_opts=image_opts)
     roots = roots_for(spec.path, image_root)
     asyncio.run(_commit(spec, roots, base, speed, drop=drop or base is not None, progress=progress and not quiet))
     if not quiet:

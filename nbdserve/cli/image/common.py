@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -10,7 +11,7 @@ import typer
 from nbdserve.block import description
 from nbdserve.block.graph import image_roots, open_alone, open_storage
 from nbdserve.block.spec import CACHE_MODES, ImageSpec
-from nbdserve.config.image_opts import image_from_filename
+from nbdserve.config.image_opts import image_from_filename, image_from_opts
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import FormatDriver
 from nbdserve.formats.probe import probe
@@ -94,9 +95,14 @@ def roots_for(path: str, given: list[Path] | None) -> ImageRoots:
     return image_roots(path, given or [])
 
 
-def path_of(file: str) -> str:
-    """Where the image is that the command line calls ``file``."""
-    return image_from_filename(file, ImageSpec(file)).path
+def named_image(
+    text: str, flags: ImageSpec, secrets: Mapping[str, bytes] | None = None, *, image_opts: bool = False
+) -> ImageSpec:
+    """The image that the command line calls ``text``. ConfigError; ``secrets`` are those of ``--object``, by id."""
+    if image_opts and flags.format is not None:
+        raise ConfigError("--image-opts and --format are mutually exclusive")
+    parse = image_from_opts if image_opts else image_from_filename
+    return parse(text, flags, secrets or {})
 
 
 async def open_layer(
@@ -108,15 +114,22 @@ async def open_layer(
     force_share: bool = False,
     to_check: bool = False,
 ) -> FormatDriver:
+    """``open_layer_of`` the image that the command line calls ``path``."""
+    spec = named_image(path, ImageSpec(path, format_name, force_share=force_share))
+    return await open_layer_of(spec, roots, writable=writable, to_check=to_check)
+
+
+async def open_layer_of(
+    spec: ImageSpec, roots: ImageRoots | None = None, *, writable: bool = False, to_check: bool = False
+) -> FormatDriver:
     """One image by itself; its backing file stays closed, and, unless it is ``to_check``, what holds only guest data.
 
     The driver is read-only in any case; ``writable`` opens the files for a repair. ``close`` it.
     """
-    spec = image_from_filename(path, ImageSpec(path, force_share=force_share))
     if spec.file is not None:
-        raise ConfigError(f"image {path!r}: an image within an image is not supported here")
+        raise ConfigError(f"image {spec.path!r}: an image within an image is not supported here")
     storage = await open_storage(spec, read_only=not writable)
-    return await open_layer_on(storage, format_name or spec.format, roots, force_share=force_share, to_check=to_check)
+    return await open_layer_on(storage, spec.format, roots, force_share=spec.force_share, to_check=to_check)
 
 
 async def open_layer_on(

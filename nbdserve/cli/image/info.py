@@ -14,18 +14,22 @@ import typer
 
 from nbdserve.block.description import image_info
 from nbdserve.block.graph import MAX_CHAIN_DEPTH
+from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import (
     FileArgument,
     ForceShareOption,
     FormatOption,
+    ImageOptsOption,
+    ObjectsOption,
     RootsOption,
     full_name,
-    open_layer,
+    named_image,
+    open_layer_of,
     open_layer_on,
-    path_of,
     roots_for,
 )
 from nbdserve.cli.output import Output, OutputOption, print_json
+from nbdserve.config.secrets import secrets_of_objects
 from nbdserve.errors import ImageError
 from nbdserve.formats.base import BitmapInfo, FormatDriver, ImageInfo, SnapshotInfo
 from nbdserve.formats.encryption.storage import EncryptedStorage
@@ -66,26 +70,28 @@ def info(
     ] = False,
     force_share: ForceShareOption = False,
     output: OutputOption = Output.HUMAN,
+    image_opts: ImageOptsOption = False,
+    objects: ObjectsOption = None,
     image_root: RootsOption = None,
 ) -> int:
     """Print what an image is: format, sizes, backing file, snapshots. The backing file stays closed."""
-    layers = asyncio.run(_collect(file, format_name, backing_chain, force_share, image_root))
+    flags = ImageSpec(file, format_name, force_share=force_share)
+    spec = named_image(file, flags, secrets_of_objects(objects or []), image_opts=image_opts)
+    layers = asyncio.run(_collect(spec, backing_chain, image_root))
     if output is Output.JSON:
-        objects = [as_json(layer) for layer in layers]
-        print_json(objects if backing_chain else objects[0])
+        shown = [as_json(layer) for layer in layers]
+        print_json(shown if backing_chain else shown[0])
     else:
         print("\n".join(as_text(layer) for layer in layers), end="")
     return 0
 
 
-async def _collect(
-    file: str, format_name: str | None, backing_chain: bool, force_share: bool, image_root: list[Path] | None
-) -> list[Layer]:
-    path = path_of(file)
+async def _collect(spec: ImageSpec, backing_chain: bool, image_root: list[Path] | None) -> list[Layer]:
+    path = spec.path
     roots = roots_for(path, image_root)
     layers: list[Layer] = []
     seen: set[object] = set()
-    driver = await open_layer(file, format_name, roots, force_share=force_share)
+    driver = await open_layer_of(spec, roots)
     while True:
         identity = getattr(driver.storage, "identity", None)
         if identity in seen:
@@ -109,12 +115,12 @@ async def _collect(
             )
         if len(seen) >= MAX_CHAIN_DEPTH:
             raise ImageError(
-                file, f"the chain has more than {MAX_CHAIN_DEPTH} layers", field="backing file", value=path
+                spec.path, f"the chain has more than {MAX_CHAIN_DEPTH} layers", field="backing file", value=path
             )
         fd = roots.open_beneath(backing.name, relative_to=path, flags=os.O_RDONLY | os.O_CLOEXEC)
         path = full_name(path, backing.name)
-        storage = await FileStorage.from_fd(fd, path, force_share=force_share)
-        driver = await open_layer_on(storage, backing.format, roots, force_share=force_share)
+        storage = await FileStorage.from_fd(fd, path, force_share=spec.force_share)
+        driver = await open_layer_on(storage, backing.format, roots, force_share=spec.force_share)
 
 
 async def _describe(driver: FormatDriver, path: str) -> Layer:

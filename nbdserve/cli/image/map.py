@@ -19,15 +19,17 @@ from nbdserve.cli.image.common import (
     FileArgument,
     ForceShareOption,
     FormatOption,
+    ImageOptsOption,
+    ObjectsOption,
     RootsOption,
     SecretEnvOption,
     SecretFileOption,
+    named_image,
     parsed_size,
     roots_for,
 )
 from nbdserve.cli.output import Output, OutputOption
-from nbdserve.config.image_opts import image_from_filename
-from nbdserve.config.secrets import chosen_secret
+from nbdserve.config.secrets import chosen_secret, secrets_of_objects
 from nbdserve.errors import ImageError
 from nbdserve.extents import COMPRESSED, DATA, UNALLOCATED, ZERO
 from nbdserve.formats.qcow2.driver import Qcow2Driver
@@ -52,6 +54,8 @@ def map_image(
     ] = None,
     output: OutputOption = Output.HUMAN,
     force_share: ForceShareOption = False,
+    image_opts: ImageOptsOption = False,
+    objects: ObjectsOption = None,
     image_root: RootsOption = None,
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,
@@ -61,7 +65,7 @@ def map_image(
     length = None if max_length is None else parsed_size(max_length, "max length")
     secret = chosen_secret(secret_file, secret_env)
     flags = ImageSpec(file, format_name, read_only=True, force_share=force_share, secret=secret)
-    spec = image_from_filename(file, flags)
+    spec = named_image(file, flags, secrets_of_objects(objects or []), image_opts=image_opts)
     asyncio.run(_map(spec, start, length, output, image_root))
     return 0
 

@@ -15,6 +15,8 @@ from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import (
     FileArgument,
     FormatOption,
+    ImageOptsOption,
+    ObjectsOption,
     ProgressOption,
     QuietOption,
     RootsOption,
@@ -22,11 +24,11 @@ from nbdserve.cli.image.common import (
     SecretFileOption,
     check_cache,
     full_name,
+    named_image,
     roots_for,
 )
 from nbdserve.cli.image.percent import run_shown
-from nbdserve.config.image_opts import image_from_filename
-from nbdserve.config.secrets import chosen_secret
+from nbdserve.config.secrets import chosen_secret, secrets_of_objects
 from nbdserve.errors import ConfigError
 from nbdserve.formats.base import BackingReference
 from nbdserve.formats.registry import DRIVERS
@@ -58,6 +60,8 @@ def rebase(
     ] = "writeback",
     progress: ProgressOption = False,
     quiet: QuietOption = False,
+    image_opts: ImageOptsOption = False,
+    objects: ObjectsOption = None,
     image_root: RootsOption = None,
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,
@@ -70,7 +74,8 @@ def rebase(
     if base_format is not None and base_format not in DRIVERS:
         raise ConfigError(f"Invalid format name: '{base_format}': there are {', '.join(sorted(DRIVERS))}")
     secret = chosen_secret(secret_file, secret_env)
-    spec = image_from_filename(file, ImageSpec(file, format_name, cache=cache, discard="unmap", secret=secret))
+    flags = ImageSpec(file, format_name, cache=cache, discard="unmap", secret=secret)
+    spec = named_image(file, flags, secrets_of_objects(objects or []), image_opts=image_opts)
     reference = BackingReference(base, base_format) if base else None
     roots = roots_for(spec.path, image_root)
     if unsafe:

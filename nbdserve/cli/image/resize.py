@@ -15,15 +15,17 @@ from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import (
     FileArgument,
     FormatOption,
+    ImageOptsOption,
+    ObjectsOption,
     QuietOption,
     RootsOption,
     SecretEnvOption,
     SecretFileOption,
+    named_image,
     parsed_size,
     roots_for,
 )
-from nbdserve.config.image_opts import image_from_filename
-from nbdserve.config.secrets import chosen_secret
+from nbdserve.config.secrets import chosen_secret, secrets_of_objects
 from nbdserve.errors import ConfigError, naming
 from nbdserve.storage.roots import ImageRoots
 
@@ -47,6 +49,8 @@ def resize(
         ),
     ] = "off",
     quiet: QuietOption = False,
+    image_opts: ImageOptsOption = False,
+    objects: ObjectsOption = None,
     image_root: RootsOption = None,
     secret_file: SecretFileOption = None,
     secret_env: SecretEnvOption = None,
@@ -55,7 +59,7 @@ def resize(
     if preallocation not in PREALLOCATION:
         raise ConfigError(f"Invalid preallocation mode '{preallocation}': use one of {', '.join(PREALLOCATION)}")
     flags = ImageSpec(file, format_name, discard="unmap", secret=chosen_secret(secret_file, secret_env))
-    spec = image_from_filename(file, flags)
+    spec = named_image(file, flags, secrets_of_objects(objects or []), image_opts=image_opts)
     asyncio.run(resize_image(spec, roots_for(spec.path, image_root), size, preallocation, shrink=shrink))
     if not quiet:
         print("Image resized.")

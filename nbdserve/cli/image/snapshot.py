@@ -7,17 +7,21 @@ from typing import Annotated
 
 import typer
 
+from nbdserve.block.spec import ImageSpec
 from nbdserve.cli.image.common import (
     FileArgument,
     ForceShareOption,
     FormatOption,
+    ImageOptsOption,
+    ObjectsOption,
     RootsOption,
-    open_layer,
-    path_of,
+    named_image,
+    open_layer_of,
     roots_for,
 )
 from nbdserve.cli.image.info import snapshot_lines
 from nbdserve.cli.usage import UsageError
+from nbdserve.config.secrets import secrets_of_objects
 from nbdserve.errors import ConfigError, ImageError, RequestError, naming
 from nbdserve.formats.base import FormatDriver
 from nbdserve.storage.roots import ImageRoots
@@ -41,6 +45,8 @@ def snapshot(
     format_name: FormatOption = None,
     force_share: ForceShareOption = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing is printed in any case but a list.")] = False,
+    image_opts: ImageOptsOption = False,
+    objects: ObjectsOption = None,
     image_root: RootsOption = None,
 ) -> int:
     """List, create, apply or delete the internal snapshots of an image that nobody is using."""
@@ -51,16 +57,14 @@ def snapshot(
     verb, name = chosen[0] if chosen else ("list", "")
     if verb != "list" and force_share:
         raise UsageError(f"-U goes with -l alone: an image that is in use cannot be changed ({file})")
-    asyncio.run(
-        _snapshot(file, format_name, verb, name or "", roots_for(path_of(file), image_root), force_share=force_share)
-    )
+    flags = ImageSpec(file, format_name, force_share=force_share)
+    spec = named_image(file, flags, secrets_of_objects(objects or []), image_opts=image_opts)
+    asyncio.run(_snapshot(spec, verb, name, roots_for(spec.path, image_root)))
     return 0
 
 
-async def _snapshot(
-    file: str, format_name: str | None, verb: str, name: str, roots: ImageRoots, *, force_share: bool
-) -> None:
-    driver = await open_layer(file, format_name, roots, writable=verb != "list", force_share=force_share)
+async def _snapshot(spec: ImageSpec, verb: str, name: str, roots: ImageRoots) -> None:
+    driver = await open_layer_of(spec, roots, writable=verb != "list")
     try:
         snapshots = driver.info().snapshots
         if verb != "list":

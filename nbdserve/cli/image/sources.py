@@ -15,7 +15,8 @@ from typing import Final
 from nbdserve.block.graph import image_roots, open_image
 from nbdserve.block.node import Node
 from nbdserve.block.spec import ImageSpec
-from nbdserve.config.image_opts import image_from_filename, image_from_opts
+from nbdserve.cli.image.common import named_image
+from nbdserve.config.image_opts import snapshot_name
 from nbdserve.errors import ConfigError, naming
 from nbdserve.formats.raw import RawDriver
 from nbdserve.storage.file import FileStorage
@@ -35,17 +36,8 @@ def source_spec(
     snapshot: str | None = None,
 ) -> ImageSpec:
     """The image to read that the command line calls ``text``."""
-    parse = image_from_opts if image_opts else image_from_filename
-    spec = parse(text, replace(flags, read_only=True), secrets)
+    spec = named_image(text, replace(flags, read_only=True), secrets, image_opts=image_opts)
     return replace(spec, snapshot=snapshot_name(snapshot)) if snapshot is not None else spec
-
-
-def snapshot_name(text: str) -> str:
-    """The id or name that ``-l`` gives: by itself, or as ``snapshot.id=ID`` or ``snapshot.name=NAME``."""
-    for key in ("snapshot.id=", "snapshot.name="):
-        if text.startswith(key):
-            return text.removeprefix(key)
-    return text
 
 
 @asynccontextmanager

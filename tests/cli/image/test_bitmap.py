@@ -102,7 +102,7 @@ def test_it_does_what_qemu_img_does(
         ("--clear -g 1k disk fine", 2, "granularity only supported with --add"),
         ("--clear -b other disk fine", 2, "Merge bitmap source file only supported with --merge"),
         ("--merge fine -F qcow2 disk fine", 2, "-F only supported with -b"),
-        ("--add --image-opts -f qcow2 disk fine", 2, "--image-opts and --format are mutually exclusive"),
+        ("--add --image-opts -f qcow2 disk fine", 1, "--image-opts and --format are mutually exclusive"),
         ("--add -g 1Q disk new", 1, "Invalid granularity specified"),
         ("--add v2 new", 1, "'v2': Cannot store dirty bitmaps in qcow2 v2 files"),
         ("--add -f raw raw new", 1, "Can't store persistent bitmaps to raw: Operation not supported"),

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.cli.image.common import check_cache, full_name, open_layer, parsed_size, path_of
+from nbdserve.cli.image.common import check_cache, full_name, open_layer, parsed_size
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.storage.file import FileStorage
-from tests.cli.image.helpers import image, qemu_img
+from tests.cli.image.helpers import Ran, image, qemu_img
 
 
 @pytest.mark.parametrize(
@@ -50,10 +50,30 @@ def test_sizes() -> None:
             parsed_size(text, "offset", 9, 9)
 
 
-@pytest.mark.parametrize("command", [["info"], ["check"], ["map"], ["amend", "-o", "lazy_refcounts=on"], ["snapshot"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["info"],
+        ["check"],
+        ["map"],
+        ["amend", "-o", "lazy_refcounts=on"],
+        ["snapshot"],
+        ["resize", "IMAGE", "+1M"],
+        ["rebase", "-b", ""],
+        ["commit"],
+    ],
+)
 def test_an_image_may_be_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
-    assert qemu_img("create", "-f", "qcow2", tmp_path / "image", "1M").code == 0
-    text = json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": str(tmp_path / "image")}})
-    assert path_of(f"json:{text}") == str(tmp_path / "image")
-    ran = image(monkeypatch, *command, f"json:{text}")
-    assert (ran.code, ran.err) == (0, "")
+    assert qemu_img("create", "-f", "raw", tmp_path / "base", "1M").code == 0
+    file = tmp_path / "image"
+    assert qemu_img("create", "-f", "qcow2", "-b", "base", "-F", "raw", file).code == 0
+    text = json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": str(file)}})
+
+    def run(*options: str, described: str) -> Ran:
+        verb, *rest = [described if word == "IMAGE" else word for word in command]
+        return image(monkeypatch, verb, *options, *rest, *([] if "IMAGE" in command else [described]))
+
+    for done in (run(described=f"json:{text}"), run("--image-opts", described=f"driver=qcow2,file.filename={file}")):
+        assert (done.code, done.err) == (0, "")
+    both = run("--image-opts", "-f", "qcow2", described=f"driver=qcow2,file.filename={file}")
+    assert (both.code, both.err) == (1, "nbdserve: --image-opts and --format are mutually exclusive\n")

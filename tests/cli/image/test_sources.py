@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nbdserve.block.spec import ImageSpec
-from nbdserve.cli.image.sources import opened, snapshot_name, source_spec
+from nbdserve.cli.image.sources import opened, source_spec
 from nbdserve.errors import ConfigError, ImageError
 
 
@@ -18,10 +18,6 @@ def test_a_source_is_read_only() -> None:
     assert (spec.path, spec.format, spec.read_only, spec.snapshot) == ("a.img", "qcow2", True, "3")
     spec = source_spec("driver=vdi,file.filename=a.vdi", ImageSpec(""), image_opts=True, secrets={})
     assert (spec.path, spec.format, spec.read_only, spec.snapshot) == ("a.vdi", "vdi", True, None)
-
-
-def test_snapshots() -> None:
-    assert [snapshot_name(text) for text in ("1", "snapshot.id=1", "snapshot.name=a=b")] == ["1", "1", "a=b"]
 
 
 async def test_several_at_once(tmp_path: Path) -> None:
