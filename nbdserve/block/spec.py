@@ -54,7 +54,7 @@ class ImageSpec:
     unlock_seconds: float = UNLOCK_SECONDS
     """Processor time that each of those may take to open with it."""
     keep_bitmaps: bool = False
-    """Its stored bitmaps stay valid when it is opened for writing: they and its size are all that is changed."""
+    """Its stored bitmaps stay valid when it is opened for writing: its disk, but for its size, is not changed."""
     force_share: bool = False
     """Open although another process may be writing it (qemu-img ``-U``); the view is then not consistent."""
     overlay: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -64,6 +65,7 @@ def commit(
     speed = 0 if rate is None else parsed_size(rate, "rate limit")
     flags = ImageSpec(file, format_name, cache=cache, discard="unmap", secret=chosen_secret(secret_file, secret_env))
     spec = named_image(file, flags, secrets_of_objects(objects or []), image_opts=image_opts)
+    spec = replace(spec, keep_bitmaps=True)  # emptied, the disk is still the same
     roots = roots_for(spec.path, image_root)
     asyncio.run(_commit(spec, roots, base, speed, drop=drop or base is not None, progress=progress and not quiet))
     if not quiet:

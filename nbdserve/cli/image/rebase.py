@@ -74,7 +74,8 @@ def rebase(
     if base_format is not None and base_format not in DRIVERS:
         raise ConfigError(f"Invalid format name: '{base_format}': there are {', '.join(sorted(DRIVERS))}")
     secret = chosen_secret(secret_file, secret_env)
-    flags = ImageSpec(file, format_name, cache=cache, discard="unmap", secret=secret)
+    # Whatever is copied, the disk stays what it is, and so bitmaps stay right.
+    flags = ImageSpec(file, format_name, cache=cache, discard="unmap", secret=secret, keep_bitmaps=True)
     spec = named_image(file, flags, secrets_of_objects(objects or []), image_opts=image_opts)
     reference = BackingReference(base, base_format) if base else None
     roots = roots_for(spec.path, image_root)

@@ -109,6 +109,16 @@ def test_what_is_compressed_or_kept_in_a_snapshot(
         images.check(top)
 
 
+@pytest.mark.parametrize("options", [[], ["-d"]])
+def test_stored_bitmaps_of_the_image_stay_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    _, top = _chain(tmp_path / "chain", "raw", "qcow2")
+    assert qemu_img("bitmap", "--add", top, "kept").code == 0
+    assert image(monkeypatch, "commit", *options, top).code == 0
+    assert [bitmap["flags"] for bitmap in images.info(top)["format-specific"]["data"]["bitmaps"]] == [["auto"]]
+
+
 def test_refusals_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, top = _chain(tmp_path / "chain", "raw", "qcow2")
     before = [path.read_bytes() for path in (base, top)]

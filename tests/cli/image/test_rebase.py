@@ -109,6 +109,14 @@ def test_formats_that_know_the_identity_of_their_backing_file(
         assert (refused.code, problem in refused.err) == (1, True), refused.err
 
 
+@pytest.mark.parametrize("options", [[], ["-u"]])
+def test_stored_bitmaps_stay_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]) -> None:
+    _, base, top = _bases(tmp_path / "images", "raw", "raw", "qcow2", SIZE)
+    assert qemu_img("bitmap", "--add", top, "kept").code == 0
+    assert image(monkeypatch, "rebase", *options, "-b", base.name, "-F", "raw", top).code == 0
+    assert [bitmap["flags"] for bitmap in images.info(top)["format-specific"]["data"]["bitmaps"]] == [["auto"]]
+
+
 def test_the_header_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "top.qcow2"
     images.create(tmp_path / "base.raw", SIZE, fmt="raw")
