@@ -151,6 +151,8 @@ def serve(
     if not exports and not admin_addresses:
         raise UsageError("nothing to serve: give an IMAGE, or a configuration file that has [exports.NAME], or --admin")
     server = _validated(ServerOptions, settings.server.model_dump() | server_options)
+    if not (listeners or server.listen or admin_addresses):
+        raise UsageError("nobody could connect: give an address to listen on, or --admin")
     return start(plan_of(server, exports, listeners, admin_addresses, settings.admin.roots), fork=fork)
 
 

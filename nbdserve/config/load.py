@@ -42,6 +42,8 @@ def _mistake(detail: ErrorDetails) -> str:
         return f"{where}{key}: unknown {kind}{_near(tables, key)}"
     if detail["type"] == "missing":
         return f"{where}{key}: missing"
+    if detail["type"] in ("dict_type", "model_type"):
+        return f"{where}{key} = {detail['input']!r}: a table is expected, [{'.'.join([*tables, key])}]"
     message = detail["msg"].removeprefix("Value error, ")
     if isinstance(detail["input"], dict):
         return f"[{'.'.join([*tables, key])}] {message}"

@@ -128,6 +128,8 @@ def test_admin(tmp_path: Path, disks: list[Path]) -> None:
 def test_mistakes(tmp_path: Path, disks: list[Path]) -> None:
     config = tmp_path / "nbdserve.toml"
     config.write_text("[exports.x]\npth = 'x'\n")
+    deaf = tmp_path / "deaf.toml"
+    deaf.write_text("[server]\nlisten = []\n")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -135,6 +137,7 @@ def test_mistakes(tmp_path: Path, disks: list[Path]) -> None:
         for argv, code, named in (
             ([], 2, "nothing to serve"),
             (["--bogus"], 2, "--bogus"),
+            (["-c", deaf, disks[0]], 2, "nobody could connect"),
             (["--cache=fast", disks[0]], 2, "--cache=fast"),
             (["-o", "1x", disks[0]], 2, "--offset=1x"),
             (["-e", "-1", disks[0]], 2, "--shared=-1"),
