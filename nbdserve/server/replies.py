@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from nbdserve.block.gathering import GatheringNode
+from nbdserve.block.pieces import Piece
 from nbdserve.buffers import ReusedBuffer
+from nbdserve.protocol.codec import data_chunk_head, hole_chunk
+from nbdserve.protocol.constants import REPLY_FLAG_DONE
 from nbdserve.server.output import Output
 from nbdserve.units import KIB, MIB
 
@@ -14,6 +17,22 @@ SCRATCH_SIZE: Final = 2 * MIB
 """Replies are put together here. A longer one gets a buffer of its own."""
 SEND_AT: Final = 128 * KIB
 """Replies leave when they are this long together: the client starts on them while the next are read."""
+
+
+def read_chunks(
+    mode: int, cookie: int, offset: int, view: memoryview, pieces: Sequence[Piece]
+) -> Iterator[bytes | memoryview]:
+    """The reply to a read of several pieces, whose data is in ``view``; each part is sent before the next is taken."""
+    position = 0
+    for is_zero, length in pieces:
+        done = REPLY_FLAG_DONE if position + length == len(view) else 0
+        at = offset + position
+        if is_zero:
+            yield hole_chunk(mode, done, cookie, offset, at, length)
+        else:
+            yield data_chunk_head(mode, done, cookie, offset, at, length)
+            yield view[position : position + length]
+        position += length
 
 
 class Replies:

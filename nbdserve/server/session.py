@@ -20,7 +20,7 @@ from nbdserve.block.pieces import Piece, zero_pieces
 from nbdserve.block.writer import WRITE_DONE, WRITE_TAKEN, WRITE_WAIT
 from nbdserve.errors import ProtocolError, RequestError, errno_of
 from nbdserve.exports.export import Export
-from nbdserve.protocol.codec import SIMPLE, data_chunk_head, final_reply, hole_chunk, wire_error
+from nbdserve.protocol.codec import SIMPLE, final_reply, hole_chunk, wire_error
 from nbdserve.protocol.constants import (
     CMD_CACHE,
     CMD_DISC,
@@ -43,9 +43,10 @@ from nbdserve.protocol.validate import RequestRules
 from nbdserve.server.block_status import status_reply
 from nbdserve.server.budget import SMALL
 from nbdserve.server.fast_lane import SEND_FILE_FROM, FastLane
+from nbdserve.server.flushes import Asked, Flushes
 from nbdserve.server.output import Output
 from nbdserve.server.payloads import Buffers, Payloads
-from nbdserve.server.replies import SCRATCH_SIZE, SEND_AT, GatheringReplies, Replies
+from nbdserve.server.replies import SCRATCH_SIZE, SEND_AT, GatheringReplies, Replies, read_chunks
 from nbdserve.units import KIB, MIB
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class Session:
             taken=self._taken,
             written=self._written,
         )
+        self._flushes = Flushes(self.node, self._begin, self._reply_flushed)
         self._todo: list[Request] = []
         self._replies: list[bytes] = []
         self._in_flight = 0
@@ -123,7 +125,6 @@ class Session:
         self.reading = True
         self._finished = False
         self._slow: dict[int, Callable[..., Coroutine[Any, Any, None]]] = {
-            CMD_FLUSH: self._flush,
             CMD_TRIM: self._trim,
             CMD_CACHE: self._cache,
             CMD_WRITE_ZEROES: self._write_zeroes,
@@ -175,7 +176,7 @@ class Session:
     def _is_full(self) -> bool:
         """As much is in flight as one client may have; where all of them have too much, one request."""
         return self._in_flight > 0 and (
-            self._in_flight >= MAX_IN_FLIGHT
+            self._in_flight + self._flushes.joined >= MAX_IN_FLIGHT
             or self._in_flight_bytes >= MAX_IN_FLIGHT_BYTES
             or self._budget.used >= self._budget.limit
         )
@@ -244,6 +245,8 @@ class Session:
             self._write(flags, cookie, offset, payload)
         elif kind == CMD_FLUSH and self.node.is_stable:
             self._ready.append(final_reply(self.mode, cookie, offset))
+        elif kind == CMD_FLUSH:
+            self._flushes.ask(cookie, offset)
         elif kind in self._slow:
             self._begin(self._answer(self._slow[kind], flags, cookie, offset, length), 0)
         elif kind != CMD_DISC:
@@ -324,20 +327,8 @@ class Session:
         elif len(pieces) == 1:
             self._ready.append(hole_chunk(self.mode, REPLY_FLAG_DONE, cookie, offset, offset, length))
         else:
-            for chunk in [bytes(chunk) for chunk in self._chunks(cookie, offset, view, pieces)]:
+            for chunk in [bytes(chunk) for chunk in read_chunks(self.mode, cookie, offset, view, pieces)]:
                 self._ready.append(chunk)
-
-    def _chunks(self, cookie: int, offset: int, view: memoryview, pieces: list[Piece]) -> Iterator[bytes | memoryview]:
-        position = 0
-        for is_zero, length in pieces:
-            done = REPLY_FLAG_DONE if position + length == len(view) else 0
-            at = offset + position
-            if is_zero:
-                yield hole_chunk(self.mode, done, cookie, offset, at, length)
-            else:
-                yield data_chunk_head(self.mode, done, cookie, offset, at, length)
-                yield view[position : position + length]
-            position += length
 
     async def _read_slowly(self, flags: int, cookie: int, offset: int, length: int) -> None:
         if not self._budget.take(length):
@@ -366,7 +357,7 @@ class Session:
             self._pack_head(data, 0, cookie, offset, length)
             self._output.send_owned(memoryview(data)[: head + length], lambda: pool.give(data))
         else:
-            for chunk in self._chunks(cookie, offset, view, pieces):
+            for chunk in read_chunks(self.mode, cookie, offset, view, pieces):
                 self._output.send(chunk)
             pool.give(data)
 
@@ -425,8 +416,15 @@ class Session:
 
     # --- everything else -------------------------------------------------------------------------------------------
 
-    async def _flush(self, flags: int, offset: int, length: int) -> None:
-        await self.node.flush()
+    def _reply_flushed(self, asked: list[Asked], error: Exception | None) -> None:
+        self._output.send(
+            b"".join(
+                final_reply(self.mode, cookie, offset)
+                if error is None
+                else self._failure("FLUSH", cookie, offset, 0, error)
+                for cookie, offset in asked
+            )
+        )
 
     async def _trim(self, flags: int, offset: int, length: int) -> None:
         await self.node.discard(offset, length, fua=bool(flags & CMD_FLAG_FUA))
