@@ -9,9 +9,10 @@ from nbdserve.admin.blockdev import BlockdevOptions
 from nbdserve.admin.command import Command
 from nbdserve.admin.control import Control
 from nbdserve.admin.describe import BlockDeviceInfo, BlockInfo, device_info, dirty_info, part_infos
-from nbdserve.admin.errors import DEVICE_NOT_FOUND, QmpError
+from nbdserve.admin.errors import DEVICE_NOT_FOUND, QmpError, description_of
 from nbdserve.admin.nodes import NodeEntry
 from nbdserve.admin.schema import Arguments, Int, Nothing, Size
+from nbdserve.errors import RequestError
 from nbdserve.formats.base import BackingReference
 from nbdserve.jobs.commit import put_on
 from nbdserve.storage.base import Storage
@@ -59,8 +60,15 @@ async def blockdev_add(control: Control, options: BlockdevOptions) -> None:
 
 
 async def blockdev_del(control: Control, arguments: NodeName) -> None:
-    """Close a node."""
-    await control.nodes.remove(arguments.node_name).close()
+    """Close a node, which is then gone in any case."""
+    entry = control.nodes.remove(arguments.node_name)
+    written = (entry.inner or entry.node).changes > 1  # as many as there are at the beginning
+    try:
+        await entry.close()
+    except (OSError, RequestError) as error:
+        if written:
+            reason = f"Node '{entry.name}' is deleted, and what was written to it last may be lost"
+            raise QmpError(f"{reason}: {description_of(error)}") from error
 
 
 async def query_block(control: Control, arguments: Nothing) -> list[BlockInfo]:

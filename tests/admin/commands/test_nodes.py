@@ -1,3 +1,4 @@
+import errno
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -166,3 +167,21 @@ def test_the_name_of_the_backing_file(client: RawClient, images: Path) -> None:
     assert change("r", "t") == "'r' and image file are not in the same chain"
     assert client.execute("blockdev-del", node_name="t") == {}
     assert f"backing file: {images}/a.qcow2" in output("qemu-img", "info", middle)
+
+
+def test_a_node_that_cannot_be_flushed_is_deleted(client: RawClient, images: Path, control: Control) -> None:
+    for written in (False, True):
+        assert add(client, "raw", images / "b.raw", "b") == {}
+        node = control.nodes.get("b").node
+        close = node.close
+        node.changes += written
+
+        async def fail(close: Any = close) -> None:
+            await close()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        node.close = fail  # type: ignore[method-assign]
+        answer = client.execute("blockdev-del", node_name="b")
+        lost = "Node 'b' is deleted, and what was written to it last may be lost: No space left on device"
+        assert answer == (lost if written else {})
+        assert nodes(client) == {}
