@@ -7,8 +7,33 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
+from typing import Final
 
 from nbdserve.errors import NbdserveError
+
+_INTERRUPTED: Final = 128 + signal.SIGINT
+
+_received: Final[list[int]] = []
+"""The signals that ended the process, in the place of Ctrl-C."""
+
+
+def heed_termination() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does, so that what is half made is removed.
+
+    From the main thread. A signal that is ignored (``nohup``) stays so, and servers have their own way to end.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+    handler = signal.getsignal(signal.SIGINT)  # asyncio's, while a loop runs; none where a shell has us ignore it
+    if not callable(handler):
+        raise KeyboardInterrupt
+    handler(number, frame)
 
 
 def guarded(program: str, run: Callable[[], int]) -> int:
@@ -18,7 +43,7 @@ def guarded(program: str, run: Callable[[], int]) -> int:
     try:
         code = run()
         sys.stdout.flush()
-        return code
+        return _of_signal(code)
     except BrokenPipeError:  # the reader of our output is gone (``| head``)
         _drop_output()
         return 1
@@ -28,7 +53,12 @@ def guarded(program: str, run: Callable[[], int]) -> int:
         complain(program, error)
         return 1
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return _of_signal(_INTERRUPTED)
+
+
+def _of_signal(code: int) -> int:
+    """The exit code, and for that of Ctrl-C the one of the signal that was in its place."""
+    return 128 + _received[0] if _received and code == _INTERRUPTED else code
 
 
 def _drop_output() -> bool:

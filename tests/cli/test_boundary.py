@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from typing import NoReturn
@@ -32,6 +33,27 @@ def test_interrupt() -> None:
         raise KeyboardInterrupt
 
     assert guarded("p", interrupt) == 130
+
+
+@pytest.mark.parametrize("ignored", ["SIGINT", "SIGHUP"])
+def test_signals_that_end_a_process(ignored: str) -> None:
+    """One that is ignored stays so; the others are as Ctrl-C, also where a shell has Ctrl-C ignored."""
+    code = (
+        "import os, signal, sys, time; from nbdserve.cli.boundary import guarded, heed_termination\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        f"signal.signal(signal.{ignored}, signal.SIG_IGN)\n"
+        "heed_termination()\n"
+        "def run():\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), signal.{ignored})\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        print('removed')\n"
+        "sys.exit(guarded('p', run))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (128 + signal.SIGTERM, "removed\n", "")
 
 
 def test_success_and_mistakes_of_ours() -> None:

@@ -38,6 +38,13 @@ def image(monkeypatch: Any, *arguments: str | Path) -> Ran:
     return Ran(code, out.getvalue(), err.getvalue())
 
 
+def converted(monkeypatch: Any, *arguments: str | Path) -> Ran:
+    """``image convert ARGUMENTS``, which has to succeed."""
+    ran = image(monkeypatch, "convert", *arguments)
+    assert (ran.code, ran.err) == (0, ""), (arguments, ran)
+    return ran
+
+
 def qemu_img(*arguments: str | Path, cwd: Path | None = None) -> Ran:
     """``qemu-img ARGUMENTS``."""
     done = subprocess.run(["qemu-img", *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd)
@@ -122,15 +129,15 @@ main()
 """
 
 
-def interrupted(*arguments: str | Path, mark: str = repr(MARK)) -> Ran:
-    """``nbdserve image ARGUMENTS`` in a process of its own, which gets SIGINT at the second write of ``mark``.
+def interrupted(*arguments: str | Path, mark: str = repr(MARK), by: signal.Signals = signal.SIGINT) -> Ran:
+    """``nbdserve image ARGUMENTS`` in a process of its own, which gets the signal at the second write of ``mark``.
 
     That write lasts until then, and is done if it is not cut short.
     """
     with interruptible(), started(sys.executable, "-c", _HANGS, mark, "image", *arguments) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "in the middle\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(by)
         out, err = process.communicate(timeout=SECONDS)
     return Ran(process.returncode, out, err)
 

@@ -4,16 +4,13 @@ import contextlib
 import os
 import random
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nbdserve.formats.registry import DRIVERS
-from nbdserve.storage.file import FileStorage
-from tests.cli.image.helpers import Ran, image, interrupted, marked, qemu_img
+from tests.cli.image.helpers import converted, image, marked, qemu_img
 from tests.cli.processes import greets, until
 from tests.formats.qcow2.engine import check, create, mark_in_use
 from tests.support.images import needs_qemu, run
@@ -24,13 +21,6 @@ SIZE = 3 << 20
 FORMATS = ("raw", "qcow", "qcow2", "qed", "vdi", "vmdk", "vhdx", "vpc", "parallels")
 """What qemu-img and nbdserve both make and read."""
 WITH_BACKING = ("qcow", "qcow2", "qed")
-
-
-def converted(monkeypatch: Any, *arguments: str | Path) -> Ran:
-    """``image convert ARGUMENTS``, which has to succeed."""
-    ran = image(monkeypatch, "convert", *arguments)
-    assert (ran.code, ran.err) == (0, ""), (arguments, ran)
-    return ran
 
 
 def scribble(path: Path, form: str, seed: int, *, zeroes: bool = False) -> None:
@@ -310,90 +300,6 @@ def test_standard_output_and_input(tmp_path: Path) -> None:
     same(made, "qcow2", tmp_path / "back", "vdi")
 
 
-def test_the_target_is_there_until_the_new_one_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = make(tmp_path / "source", "raw", 1)
-    target = tmp_path / "target"
-    target.write_text("precious")
-    target.chmod(0o600)
-    link = tmp_path / "link"
-    link.symlink_to(target)
-    write = FileStorage.write_all
-    written = 0
-
-    async def full(self: FileStorage, pieces: Any) -> None:
-        nonlocal written
-        written += sum(len(data) for _, data in pieces)
-        if written > 1 << 20:
-            raise OSError(28, os.strerror(28), self.path)
-        await write(self, pieces)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(FileStorage, "write_all", full)
-        ran = image(patched, "convert", "-f", "raw", "-O", "qcow2", "-S", "0", made, link)
-    assert ran.code == 1
-    assert "No space left on device" in ran.err
-    assert target.read_text() == "precious"
-    assert sorted(os.listdir(tmp_path)) == ["link", "source", "target"]
-    converted(monkeypatch, "-f", "raw", "-O", "qcow2", made, link)
-    assert link.is_symlink()
-    assert target.stat().st_mode & 0o777 == 0o600
-    same(made, "raw", target, "qcow2")
-
-
-def test_what_cannot_be_read_becomes_zeroes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = make(tmp_path / "source", "raw", 1)
-    content = bytearray(made.read_bytes())
-    content[65536:131072] = b"\x01" * 65536
-    made.write_bytes(content)
-    read = FileStorage.read_all
-
-    async def broken(self: FileStorage, pieces: Sequence[tuple[int, memoryview]]) -> None:
-        if self.path == str(made) and any(at < 70144 and at + len(buffer) > 69632 for at, buffer in pieces):
-            raise OSError(5, os.strerror(5))
-        await read(self, pieces)
-
-    monkeypatch.setattr(FileStorage, "read_all", broken)
-    ran = image(monkeypatch, "convert", "-f", "raw", made, tmp_path / "target")
-    assert (ran.code, "Input/output error" in ran.err) == (1, True)
-    ran = image(monkeypatch, "convert", "--salvage", "-f", "raw", made, tmp_path / "target")
-    assert ran.code == 0
-    assert ran.err == "nbdserve: warning: error while reading offset 69632: Input/output error\n"
-    content[69632:70144] = bytes(512)
-    assert (tmp_path / "target").read_bytes() == content
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--target-is-zero", "source", "new"], 2, "--target-is-zero requires use of -n flag"),
-        (["--target-image-opts", "source", "new"], 2, "--target-image-opts requires use of -n flag"),
-        (["-m", "17", "source", "new"], 2, "Allowed number of coroutines is between 1 and 16"),
-        (["source"], 2, "Must specify image file name"),
-        (["-O", "nonsense", "source", "new"], 1, "unknown image format 'nonsense'"),
-        (["-c", "-O", "vdi", "source", "new"], 1, "Compression not supported for this file format"),
-        (["-B", "source", "-O", "qcow2", "source", "new"], 1, "requires explicit backing format (-F)"),
-        (["-B", "source", "-F", "raw", "-O", "vdi", "source", "new"], 1, "the parent of a VDI image is one too"),
-        (["-t", "often", "source", "new"], 1, "Invalid output cache option: often"),
-        (["-T", "often", "source", "new"], 1, "Invalid source cache option: often"),
-        (["--bitmaps", "source", "new"], 1, "Source lacks bitmap support"),
-        (["--skip-broken-bitmaps", "source", "new"], 2, "Use of --skip-broken-bitmaps requires --bitmaps"),
-        (["--bitmaps", "source", "source", "new"], 1, "Copying bitmaps only possible with single source"),
-        (["-r", "quick", "source", "new"], 1, "Invalid rate limit specified"),
-        (["-O", "qcow2", "-o", "nonsense=1", "source", "new"], 1, "unknown qcow2 option 'nonsense'"),
-        (["-O", "qcow2", "missing", "new"], 1, "missing"),
-        (["source", "source"], 1, "is in use"),
-    ],
-)
-def test_what_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], code: int, message: str
-) -> None:
-    make(tmp_path / "source", "raw", 1)
-    monkeypatch.chdir(tmp_path)
-    ran = image(monkeypatch, "convert", *arguments)
-    assert (ran.code, message in ran.err) == (code, True), ran
-    assert os.listdir(tmp_path) == ["source"]
-
-
 def test_stored_bitmaps_are_copied_as_qemu_img_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     create(tmp_path / "source", "3M")
@@ -446,43 +352,6 @@ def test_the_options_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_format_that_can_be_made_is_tried() -> None:
     ours = {name for name in DRIVERS if DRIVERS[name].can("create")}
     assert ours - set(FORMATS) == {"raw-cow", "luks"}
-
-
-@pytest.mark.parametrize("target", ["raw", "vmdk"])
-def test_interrupted(tmp_path: Path, target: str) -> None:
-    made = marked(tmp_path / "source")
-    before = made.read_bytes()
-    (tmp_path / "kept").write_text("precious")
-    for name in ("new", "kept"):
-        assert interrupted("convert", "-m", "1", "-S", "0", "-O", target, made, tmp_path / name) == Ran(130, "", "")
-    assert sorted(os.listdir(tmp_path)) == ["kept", "source"]
-    assert (tmp_path / "kept").read_text() == "precious"
-    assert made.read_bytes() == before
-
-
-@pytest.mark.parametrize("target", ["qed", "qcow2"])
-def test_a_full_disk(tmp_path: Path, target: str) -> None:
-    """The kernel refuses to let the file grow past a limit, in the middle of the copy."""
-    made = marked(tmp_path / "source")
-    code = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (9 << 20, 9 << 20)); from nbdserve.cli.main import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "image",
-        "convert",
-        "-S",
-        "0",
-        "-O",
-        target,
-        str(made),
-        str(tmp_path / "new"),
-    ]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (1, "", 1)
-    assert ran.stderr.endswith("/new: File too large\n")
-    assert os.listdir(tmp_path) == ["source"]
 
 
 def test_nbd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
