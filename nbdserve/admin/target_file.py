@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
@@ -33,6 +34,8 @@ class TargetFile:
     """None: that of the disk, or, of an image that is there, what it is probed to be."""
     mode: TargetMode
     _made: str = ""
+    _layers: Sequence[FormatDriver] = ()
+    """Those of the source when it was opened."""
 
     async def open(self, source: NodeEntry, base: int | None = None) -> Node:
         """A new image of the size of ``source``, or the one that is there. QmpError, with nothing made.
@@ -42,6 +45,7 @@ class TargetFile:
         """
         if self.format is not None and self.format not in DRIVERS:
             raise QmpError(f"Unknown file format '{self.format}'")
+        self._layers = source.node.layers
         try:
             if self.mode == "existing":
                 return await self._open_existing()
@@ -52,6 +56,14 @@ class TargetFile:
         except BaseException:
             await self.remove()
             raise
+
+    def check(self, source: NodeEntry) -> None:
+        """QmpError when ``source`` has other layers than at ``open``: an image over those would lack some of the disk.
+
+        To be asked when the job is made, before which other clients may have taken a snapshot.
+        """
+        if source.node.layers != self._layers:
+            raise QmpError(f"Node '{source.name}' has got other layers while the image was made: try again")
 
     async def _open_existing(self) -> Node:
         file = await self.control.paths.open(self.filename, read_only=False)

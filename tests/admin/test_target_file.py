@@ -54,3 +54,16 @@ async def test_what_is_refused(
     with pytest.raises(QmpError, match=problem):
         await TargetFile(control, str(tmp_path / name), format_name, mode).open(await disk())
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_disk_that_has_got_other_layers_meanwhile(control: Control, tmp_path: Path) -> None:
+    control.paths.add(tmp_path)
+    file = TargetFile(control, str(tmp_path / "t"), "raw", "absolute-paths")
+    source = await disk()
+    node = await file.open(source)
+    file.check(source)
+    async with source.node.drained():
+        source.node.replace_layers([await RawDriver.open(MemoryStorage(bytes(1 << 20)), {}, read_only=False)])
+    with pytest.raises(QmpError, match="Node 'd' has got other layers while the image was made: try again"):
+        file.check(source)
+    await node.close()

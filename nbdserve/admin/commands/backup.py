@@ -169,6 +169,7 @@ class DriveBackupAction(_StartBackup):
         return await self._file.open(source, BASES.get(self._sync))
 
     def check_target(self, target: Node) -> list[NodeEntry]:
+        self._file.check(self.source)
         return []
 
     async def give_up_target(self, target: Node) -> None:
