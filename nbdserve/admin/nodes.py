@@ -197,6 +197,14 @@ class NodeTable:
         direct = [other for other in self if other.driver in _MOMENT_FILTERS and entry in other.children[:1]]
         return direct + [above for other in direct for above in self.filters_on(other)]
 
+    def move_filters(self, old: NodeEntry, new: NodeEntry) -> None:
+        """The filters on ``old`` are on ``new``, which has its node now."""
+        for entry in self:
+            if entry.is_filter and entry not in (old, new) and old in entry.children:
+                entry.children = [new if child is old else child for child in entry.children]
+                old.users.remove(entry.label)
+                new.users.append(entry.label)
+
     def name_part(self, entry: NodeEntry, name: str, part: FormatDriver | Storage) -> None:
         """Give a layer or file of the chain a name that is free; that of the top layer means the node."""
         self.check_name(name)

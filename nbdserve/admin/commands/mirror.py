@@ -53,6 +53,9 @@ async def blockdev_mirror(control: Control, arguments: Mirroring) -> None:
     entry, target = control.nodes.either(arguments.device), control.nodes.either(arguments.target)
     if entry is target:
         raise QmpError("Can't mirror node into itself")
+    for each in (entry, target):
+        if each.moment is not None:
+            raise QmpError(f"Node '{each.name}' is a filter: mirror the disk below it")
     _check(arguments)
     control.jobs.check_target(target, entry)
     job = _mirror(control, arguments, entry, target.node, owned=False)
@@ -66,6 +69,7 @@ def _swapped(control: Control, job: Mirror, entry: NodeEntry, target: NodeEntry)
         entry.node, target.node = target.node, entry.node
         entry.permanent, target.permanent = target.permanent, entry.permanent
         control.exports.move(entry, target)
+        control.nodes.move_filters(entry, target)
 
 
 async def drive_mirror(control: Control, arguments: DriveMirror) -> None:
@@ -82,6 +86,7 @@ async def drive_mirror(control: Control, arguments: DriveMirror) -> None:
     file = TargetFile(control, arguments.target, arguments.format, arguments.mode)
     target = await file.open(entry, BASES.get(arguments.sync))
     try:
+        file.check(entry)
         job = _mirror(control, arguments, entry, target, owned=True)
         control.jobs.add(job, entry, succeeded=lambda: _replaced(control, job, entry, arguments.node_name))
     except BaseException:

@@ -145,3 +145,25 @@ def test_names_stay_with_the_images_when_they_change_places(client: RawClient, i
         for _ in range(2):
             assert client.execute("blockdev-reopen", options=[given]) == {}
             assert nodes(client)[f"{name}-file"]["file"] == str(images / f"{image}.qcow2")
+
+
+def test_filters_stay_on_the_disk_that_clients_have(client: RawClient, images: Path) -> None:
+    for name in ("new", "kept"):
+        output("qemu-img", "create", "-q", "-f", "qcow2", images / f"{name}.qcow2", "1M")
+    for name, image in (("q", "a"), ("n", "new"), ("k", "kept")):
+        assert add(client, "qcow2", images / f"{image}.qcow2", name) == {}
+    assert client.execute("object-add", qom_type="throttle-group", id="g") == {}
+    assert client.execute("blockdev-add", driver="throttle", node_name="t", throttle_group="g", file="q") == {}
+    assert client.execute("blockdev-mirror", job_id="m", device="q", target="n", sync="full", auto_dismiss=False) == {}
+    wait_for(client, "m", "ready")
+    assert client.execute("job-complete", id="m") == {}
+    assert finish(client, "m") is None
+    assert client.execute("blockdev-del", node_name="q") == {}
+    assert client.execute("blockdev-del", node_name="n") == "Block device n is in use"
+    assert client.execute("blockdev-add", driver="copy-before-write", node_name="c", file="n", target="k") == {}
+    output("qemu-img", "create", "-q", "-f", "qcow2", images / "other.qcow2", "1M")
+    assert add(client, "qcow2", images / "other.qcow2", "o") == {}
+    for device, target in (("c", "o"), ("o", "c")):
+        refused = client.execute("blockdev-mirror", job_id="m", device=device, target=target, sync="full")
+        assert refused == "Node 'c' is a filter: mirror the disk below it"
+    assert [client.execute("blockdev-del", node_name=name) for name in "ctnko"] == [{}] * 5
