@@ -128,6 +128,8 @@ async def open_layer_of(
     """
     if spec.file is not None:
         raise ConfigError(f"image {spec.path!r}: an image within an image is not supported here")
+    if spec.offset or spec.size is not None:
+        raise ConfigError(f"image {spec.path!r}: offset and size are not supported here, the whole file is looked at")
     storage = await open_storage(spec, read_only=not writable)
     return await open_layer_on(storage, spec.format, roots, force_share=spec.force_share, to_check=to_check)
 

@@ -50,6 +50,15 @@ def test_sizes() -> None:
             parsed_size(text, "offset", 9, 9)
 
 
+@pytest.mark.parametrize("options", ["offset=512", "size=512"])
+def test_a_part_of_a_file_is_not_taken_for_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str
+) -> None:
+    (tmp_path / "image").write_bytes(bytes(4096))
+    ran = image(monkeypatch, "info", "--image-opts", f"driver=raw,{options},file.filename={tmp_path / 'image'}")
+    assert (ran.code, ran.out, "offset and size are not supported here" in ran.err) == (1, "", True)
+
+
 @pytest.mark.parametrize(
     "command",
     [
