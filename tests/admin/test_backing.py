@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from nbdserve.admin.control import Control
+from nbdserve.admin.nodes import NodeEntry
 from tests.admin.clients import RawClient
 from tests.admin.commands.test_jobs import wait_for
 from tests.admin.commands.test_nodes import add, nodes
@@ -157,3 +159,33 @@ def test_what_is_no_backing_file(client: RawClient, images: Path) -> None:
     assert add(client, "raw", images / "b.raw", "r", backing="b") == "Parameter 'backing' is unexpected"
     assert client.execute("blockdev-del", node_name="b") == {}
     write(images / "o.qcow2", 1, 0)  # nobody has it open
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("block-commit", {"job_id": "c", "base_node": "o"}),
+        ("change-backing-file", {"image_node_name": "o", "backing_file": "a.qcow2"}),
+    ],
+)
+def test_a_chain_that_changes_while_a_node_is_taken_in(
+    client: RawClient,
+    chain: Path,
+    control: Control,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    arguments: dict[str, Any],
+) -> None:
+    absorb = control.nodes.absorb_below
+
+    async def absorb_and_lose(entry: NodeEntry, below: NodeEntry) -> None:
+        await absorb(entry, below)
+        async with entry.node.drained():
+            lost = entry.node.layers[-1]
+            entry.node.replace_layers(entry.node.layers[:-1])
+        await lost.close()
+
+    monkeypatch.setattr(control.nodes, "absorb_below", absorb_and_lose)
+    refused = client.execute(command, device="t", **arguments)
+    assert refused == "Node 't' has got other layers meanwhile: try again"
+    assert client.execute("query-jobs") == []

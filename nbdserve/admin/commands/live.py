@@ -66,6 +66,8 @@ async def block_commit(control: Control, arguments: Committing) -> None:
         raise QmpError("'top' and 'base' are not in the order of the chain")
     identity = control.jobs.new_id(arguments.job_id, entry)
     await take_in(control.nodes, entry, base)
+    if entry.node.layers != layers:
+        raise QmpError(f"Node '{entry.name}' has got other layers meanwhile: try again")
     job: Job
     if top == 0:
         if arguments.backing_file is not None:

@@ -130,6 +130,8 @@ async def change_backing_file(control: Control, arguments: BackingFile) -> None:
     control.jobs.check_free(entry)
     await take_in(control.nodes, entry, index)
     async with entry.node.drained():
+        if entry.layers[index : index + 2] != [layer, below]:
+            raise QmpError(f"Node '{entry.name}' has got other layers meanwhile: try again")
         await put_on(entry.node, index, index + 1, BackingReference(arguments.backing_file, below.name))
 
 
