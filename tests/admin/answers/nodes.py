@@ -11,6 +11,12 @@ def _over(more: dict[str, Any] | None, answer: str | None) -> Row:
     return ("blockdev-reopen", {"options": [given]}, answer)
 
 
+def _on(name: str, answer: str | None) -> Row:
+    """The overlay is opened on a node."""
+    file = {"driver": "file", "filename": "{D}/o.qcow2"}
+    return ("blockdev-add", {"driver": "qcow2", "node-name": "o", "file": file, "backing": name}, answer)
+
+
 ROWS: list[Row] = [
     ("blockdev-add", {}, "Parameter 'driver' is missing"),
     ("blockdev-add", {"driver": "nope"}, "Parameter 'driver' does not accept value 'nope'"),
@@ -237,4 +243,14 @@ ROWS: list[Row] = [
     ("blockdev-del", {"node-name": "a"}, None),
     _over(None, "backing is missing for 'o'"),
     ("blockdev-del", {"node-name": "o"}, None),
+    (
+        "blockdev-add",
+        {"driver": "qcow2", "node-name": "a", "read-only": True, "file": {"driver": "file", "filename": "{D}/a.qcow2"}},
+        None,
+    ),
+    _on("zz", "Could not open backing file: Cannot find device='zz' nor node-name='zz'"),
+    _on("a", None),
+    ("blockdev-del", {"node-name": "a"}, "Node 'a' is busy: node is used as backing hd of 'o'"),
+    ("blockdev-del", {"node-name": "o"}, None),
+    ("blockdev-del", {"node-name": "a"}, None),
 ]
