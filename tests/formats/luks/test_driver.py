@@ -109,7 +109,7 @@ def described(facts: dict[str, Any]) -> dict[str, Any]:
 
 async def test_info_is_that_of_qemu_img_and_needs_no_secret(tmp_path: Path) -> None:
     path = Stock(tmp_path).create("a.luks", "luks", choose("cipher-mode=cbc,ivgen-alg=essiv"), "1M")
-    (shown,) = await _collect(str(path), None, False, False, None)
+    (shown,) = await _collect(ImageSpec(str(path)), False, None)
     assert as_text(shown) == images.run("qemu-img", "info", path)
     assert as_json(shown) == images.info(path)
     layer = await open_layer(str(path), None)

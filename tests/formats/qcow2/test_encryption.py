@@ -115,7 +115,7 @@ async def test_what_we_make_qemu_reads_and_writes(tmp_path: Path, options: str) 
 async def test_info_is_that_of_qemu_img_and_needs_no_secret(tmp_path: Path) -> None:
     stock = Stock(tmp_path)
     for path in (stock.create("a.qcow2", "qcow2", LUKS, "1M"), await make(tmp_path / "b.qcow2", MIB)):
-        (shown,) = await _collect(str(path), None, False, False, None)
+        (shown,) = await _collect(ImageSpec(str(path)), False, None)
         assert as_text(shown) == images.run("qemu-img", "info", path)
         assert as_json(shown) == images.info(path)
         layer = await open_layer(str(path), None)
