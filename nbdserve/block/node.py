@@ -355,10 +355,12 @@ class Node:
     async def flush(self) -> None:
         """Every write completed before this call is stable on return.
 
-        Callers between whom nothing has changed share one flush: clients send many at once (fio: as many as its depth).
+        Callers between whom nothing has changed share one flush, and what is being written is waited for, lest those
+        after it need another: clients send many flushes at once (fio: as many as its depth).
         """
         if not (self.read_only or self.is_stable):
             async with self.gate:
+                await self._writer.catch_up()
                 await self._stabilise()
 
     async def _stabilise(self) -> None:
@@ -484,10 +486,7 @@ class Node:
         self.choose_forms()
 
     async def close(self) -> None:
-        """Let requests in flight finish, flush, close all layers, and release their files.
-
-        The first error is raised after all of them are closed.
-        """
+        """Let requests in flight finish, flush and close all layers, release their files; raises the first error."""
         errors: list[Exception] = []
         async with self.locks.exclusive(0, 1 << 63):
             for layer in self.layers:

@@ -87,6 +87,8 @@ class BatchWriter:
         if not is_power_of_two(self._top.cluster_size):  # which is rounded to with masks here
             self._try_allocate = lambda offset, data, done: WRITE_WAIT  # type: ignore[method-assign]
         self._spare: list[bytearray] = []
+        self._trip: asyncio.Event | None = None
+        """Set when the trip that is under way has ended."""
         self._runner: asyncio.Task[None] | None = None
         self._remember = node.places.learn_writable if Places.worthwhile(node.layers) else None
 
@@ -206,6 +208,7 @@ class BatchWriter:
             while self._queue:
                 batch, self._queue = self._queue, []
                 self._allocating.clear()
+                self._trip = asyncio.Event()
                 try:
                     await self._data.write_all([piece for write in batch for piece in write.pieces])
                 except Exception:
@@ -213,8 +216,20 @@ class BatchWriter:
                 else:
                     for write in batch:
                         self._settle(write, None)
+                finally:
+                    self._trip.set()
         finally:
-            self._runner = None
+            self._runner = self._trip = None
+
+    async def catch_up(self) -> None:
+        """What was taken before this call is complete on return; what comes after it may not be."""
+        if self._runner is None:
+            return
+        for _ in range(2 if self._trip is not None and self._queue else 1):
+            if self._trip is None:
+                await asyncio.sleep(0)  # the runner's first turn
+            if self._trip is not None:
+                await self._trip.wait()
 
     async def _write_singly(self, batch: list[_Write]) -> None:
         """Which write of the batch failed is not known: do each again, by itself."""

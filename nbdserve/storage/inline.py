@@ -3,7 +3,7 @@
 Such a write copies into the page cache, 2 to 7 us for 4 KiB, where a trip to a worker thread costs 25. It has to wait
 only while the file is being synced or changed elsewhere, when a page must be read first, and when the kernel
 throttles writers. The first three are known beforehand, and the write is then left to a worker. The last is found
-out: a write that took longer than 2 ms sends all writes of the file to the workers, for 50 ms the first time and
+out: a write that took longer than 2 ms sends all writes of the file to the workers, for 5 ms the first time and
 twice as long each time it happens again soon after, up to a minute.
 """
 
@@ -19,7 +19,7 @@ from nbdserve.units import KIB
 _LONGEST: Final = 64 * KIB
 """8 us. For a longer one a worker thread, which lets the event loop go on, is worth its trip."""
 _TOO_SLOW: Final = 0.002
-_FIRST_PAUSE: Final = 0.05
+_FIRST_PAUSE: Final = 0.005
 _LONGEST_PAUSE: Final = 60.0
 _PAGE_MASK: Final = os.sysconf("SC_PAGE_SIZE") - 1
 

@@ -234,3 +234,43 @@ async def test_a_flush_covers_the_writes_that_ended_before_it() -> None:
     image = bytes(await node.top.storage.read(0, node.top.storage.size))
     again = await type(node.top).open(MemoryStorage(image), {}, read_only=True)
     assert await Node([again]).read(0, 6) == b"stable"
+
+
+@pytest.mark.parametrize("queued", [False, True])
+async def test_a_flush_waits_for_what_is_being_written_so_that_one_is_enough(queued: bool) -> None:
+    storage = Trips(path="top")
+    node = await overlay(None, CLUSTER * 8, storage=storage)
+    await node.write(CLUSTER * 7, b"x")
+    storage.go.clear()
+    client = Client(node)
+    assert client.submit(0, b"under way")
+    if queued:
+        storage.begun.clear()
+        async with asyncio.timeout(60):
+            await storage.begun.wait()
+        assert client.submit(CLUSTER, b"in the queue")
+    flushing = asyncio.create_task(node.flush())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not flushing.done()
+    storage.go.set()
+    await asyncio.wait_for(flushing, 60)
+    assert client.outcomes() == dict.fromkeys(client.ended, True)
+    assert node.is_stable
+
+
+async def test_a_flush_does_not_wait_for_ever_while_others_write() -> None:
+    node = await overlay(None, CLUSTER * 64, storage=Trips(path="top"))
+    await node.write(CLUSTER * 63, b"x")
+    client, offsets = Client(node), iter(range(60))
+
+    def write_on(error: Exception | None) -> None:
+        number = next(offsets, None)
+        if number is not None:
+            node.submit_write(number * CLUSTER, memoryview(b"more"), write_on)
+
+    write_on(None)
+    assert client.submit(CLUSTER * 62, b"mine")
+    await asyncio.wait_for(node.flush(), 60)
+    assert client.outcomes() == {CLUSTER * 62: True}
+    assert next(offsets, None) is not None, "others are still writing"

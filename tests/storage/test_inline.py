@@ -51,11 +51,11 @@ def fd(tmp_path: Path) -> Iterator[int]:
 
 
 def _paused_for(writes: InlineWrites, clock: Clock) -> float:
-    """Seconds until the next write is let through, to a hundredth."""
+    """Seconds until the next write is let through, to a thousandth."""
     clock.cost, begun = 0.0, clock.now
     while not writes.try_write(-1, 0, bytes(PAGE)):
-        clock.now += 0.01
-    return round(clock.now - begun, 2)
+        clock.now += 0.001
+    return round(clock.now - begun, 3)
 
 
 def test_a_slow_write_is_complete_and_the_next_ones_are_left_to_others(clock: Clock) -> None:
@@ -64,7 +64,7 @@ def test_a_slow_write_is_complete_and_the_next_ones_are_left_to_others(clock: Cl
     assert writes.try_write(-1, 0, bytes(PAGE))
     assert not writes.try_write(-1, 0, bytes(PAGE))
     assert clock.writes == 1
-    assert 0.04 <= _paused_for(writes, clock) <= 0.06
+    assert 0.002 <= _paused_for(writes, clock) <= 0.006
 
 
 def test_a_write_of_less_than_two_milliseconds_is_no_reason_to_pause(clock: Clock) -> None:
@@ -76,16 +76,16 @@ def test_a_write_of_less_than_two_milliseconds_is_no_reason_to_pause(clock: Cloc
 def test_the_pause_doubles_while_it_happens_again_and_is_a_minute_at_most(clock: Clock) -> None:
     writes = InlineWrites()
     pauses = []
-    for _ in range(13):
+    for _ in range(16):
         clock.cost = SLOW
         assert writes.try_write(-1, 0, bytes(PAGE))
         pauses.append(_paused_for(writes, clock))
-    expected = [min(0.05 * 2**number, 60.0) for number in range(13)]
-    assert pauses == pytest.approx(expected, abs=0.02)
+    expected = [min(0.005 * 2**number, 60.0) for number in range(16)]
+    assert pauses == pytest.approx(expected, abs=0.005)
     clock.now += 1000
     clock.cost = SLOW
     assert writes.try_write(-1, 0, bytes(PAGE))
-    assert _paused_for(writes, clock) == pytest.approx(0.05, abs=0.02), "a long time without: as the first time"
+    assert _paused_for(writes, clock) == pytest.approx(0.005, abs=0.004), "a long time without: as the first time"
 
 
 def test_a_page_written_in_part_must_be_in_the_cache(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
